@@ -1,0 +1,82 @@
+"""X25519, HKDF-SHA256, ChaCha20-Poly1305 and Ed25519 in the one way this layer uses each.
+
+Keys are raw bytes: 32 for every key, 64 for a signature. Sources: RFC 7748 §5 and §6.1, RFC 5869, RFC 8439 §2.8, RFC 8032 §5.1.
+"""
+
+from cryptography.exceptions import InvalidSignature, InvalidTag
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from .errors import RemoteProtocolError
+
+KEY_BYTES = 32
+SIGNATURE_BYTES = 64
+TAG_BYTES = 16
+
+# Every sealing key is derived for one direction of one pair in one session and seals one box: the nonce is never reused.
+_NONCE = bytes(12)
+
+
+def exchange_public_key(private: bytes) -> bytes:
+    """The X25519 public key of a 32-byte private key (RFC 7748 §6.1)."""
+    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+
+
+def agree(private: bytes, peer_public: bytes) -> bytes:
+    """The 32-byte X25519 shared secret.
+
+    Raises:
+        RemoteProtocolError: the peer's key has low order, so the secret would be all zeros and known to everyone
+            (RFC 7748 §6.1).
+    """
+    try:
+        return X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(peer_public))
+    except ValueError:
+        raise RemoteProtocolError("a peer's X25519 key is not valid") from None
+
+
+def derive(secret: bytes, *, salt: bytes, info: bytes, size: int = KEY_BYTES) -> bytes:
+    """HKDF-SHA256 (RFC 5869): `size` bytes bound to salt and info."""
+    return HKDF(algorithm=SHA256(), length=size, salt=salt, info=info).derive(secret)
+
+
+def seal(key: bytes, plaintext: bytes, *, bound_to: bytes) -> bytes:
+    """ChaCha20-Poly1305 with a zero nonce: for keys that seal exactly one box (RFC 8439 §2.8)."""
+    return ChaCha20Poly1305(key).encrypt(_NONCE, plaintext, bound_to)
+
+
+def open_sealed(key: bytes, box: bytes, *, bound_to: bytes) -> bytes:
+    """The plaintext of `seal`.
+
+    Raises:
+        RemoteProtocolError: wrong key, box or context; which one is never told.
+    """
+    try:
+        return ChaCha20Poly1305(key).decrypt(_NONCE, box, bound_to)
+    except InvalidTag:
+        raise RemoteProtocolError("a sealed box does not open") from None
+
+
+def verification_key(private: bytes) -> bytes:
+    """The Ed25519 public key of a 32-byte private key (RFC 8032 §5.1.5)."""
+    return Ed25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+
+
+def sign(private: bytes, statement: bytes) -> bytes:
+    """A 64-byte Ed25519 signature. Deterministic, so a replayed answer is byte-identical (RFC 8032 §5.1.6)."""
+    return Ed25519PrivateKey.from_private_bytes(private).sign(statement)
+
+
+def verify(public: bytes, signature: bytes, statement: bytes) -> None:
+    """Returns only if the signature is valid.
+
+    Raises:
+        RemoteProtocolError: wrong key, signature or statement.
+    """
+    try:
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, statement)
+    except (InvalidSignature, ValueError):
+        raise RemoteProtocolError("a signature does not verify") from None

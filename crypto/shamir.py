@@ -1,0 +1,141 @@
+"""Shamir's secret sharing over a prime field, vectorised: many limbs, one matrix product.
+
+A secret s is the constant term of a random polynomial f of degree t − 1; the share of point x is f(x). Any t shares give
+s by Lagrange interpolation at 0; any t − 1 are uniform and independent of s. Shamir 1979.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from .prg import Entropy
+
+Limbs = npt.NDArray[np.int64]
+
+# The largest prime below 2^27: t·p² < 2^63 lets a whole matrix product run in int64 before one reduction.
+PRIME = 2**27 - 39
+LIMB_BITS = 26
+LIMBS = 10  # 10 × 26 = 260 ≥ 256 bits
+SECRET_BYTES = 32
+SHARE_BYTES = 4 * LIMBS
+MAX_THRESHOLD = 511
+
+
+def to_limbs(secret: bytes) -> Limbs:
+    """int64[10]: a 32-byte secret as little-endian limbs of 26 bits."""
+    if len(secret) != SECRET_BYTES:
+        raise ValueError(f"secret must have {SECRET_BYTES} bytes, got {len(secret)}")
+    number = int.from_bytes(secret, "little")
+    return np.array([number >> (LIMB_BITS * i) & ((1 << LIMB_BITS) - 1) for i in range(LIMBS)], dtype=np.int64)
+
+
+def from_limbs(limbs: Limbs) -> bytes:
+    """The 32-byte secret of `to_limbs`.
+
+    Raises:
+        ValueError: the limbs are not those of any 32-byte secret: the shares were not of one polynomial.
+    """
+    if any(int(limb) >> LIMB_BITS for limb in limbs) or int(limbs[-1]) >> (256 - LIMB_BITS * (LIMBS - 1)):
+        raise ValueError("the shares do not combine to a 32-byte secret")
+    return sum(int(limb) << (LIMB_BITS * i) for i, limb in enumerate(limbs)).to_bytes(SECRET_BYTES, "little")
+
+
+def encode_share(share: Limbs) -> bytes:
+    """40 bytes: ten little-endian uint32."""
+    return share.astype("<u4").tobytes()
+
+
+def decode_share(data: bytes) -> Limbs:
+    """int64[10] of `encode_share`. Raises ValueError for a wrong length or a limb outside the field."""
+    if len(data) != SHARE_BYTES:
+        raise ValueError(f"a share must have {SHARE_BYTES} bytes, got {len(data)}")
+    limbs = np.frombuffer(data, dtype="<u4").astype(np.int64)
+    if int(limbs.max()) >= PRIME:
+        raise ValueError("a share holds a limb outside the field")
+    return limbs
+
+
+def split(secret: Limbs, *, points: Sequence[int], threshold: int, entropy: Entropy, prime: int = PRIME) -> Limbs:
+    """One share of `secret` for every point.
+
+    Args:
+        secret: int64[m], every limb in [0, prime).
+        points: distinct evaluation points in [1, prime).
+        threshold: t, shares needed to reconstruct.
+        entropy: source of the t − 1 random coefficients of each limb.
+        prime: the field; threshold·prime² must stay below 2^63.
+
+    Returns:
+        int64[len(points), m], row i for points[i].
+
+    Raises:
+        ValueError: points that repeat or vanish, a threshold outside [2, len(points)], or one too large for the prime.
+
+    **Guarantees**: t − 1 rows are uniform whatever the secret, if `entropy` is (coefficients are drawn by rejection, so
+    without modulo bias). Says nothing about a dealer who lies: bind shares with signed hashes.
+    """
+    _check_points(points, prime)
+    if not 2 <= threshold <= len(points):
+        raise ValueError(f"threshold must be in [2, {len(points)}] for {len(points)} shares, got {threshold}")
+    if threshold * prime**2 >= 2**63:
+        raise ValueError(f"threshold must keep threshold·prime² below 2^63, got {threshold} with prime {prime}")
+    if int(secret.min()) < 0 or int(secret.max()) >= prime:
+        raise ValueError("secret must have limbs in [0, prime)")
+    coefficients = np.empty((threshold, len(secret)), dtype=np.int64)
+    coefficients[0] = secret
+    coefficients[1:] = uniform(entropy, (threshold - 1) * len(secret), prime).reshape(threshold - 1, -1)
+    x = np.array(points, dtype=np.int64)
+    powers = np.empty((len(points), threshold), dtype=np.int64)
+    powers[:, 0] = 1
+    for degree in range(1, threshold):
+        powers[:, degree] = powers[:, degree - 1] * x % prime
+    return powers @ coefficients % prime
+
+
+def combine(shares: Limbs, *, points: Sequence[int], prime: int = PRIME) -> Limbs:
+    """The secret at 0 from exactly the shares given: pass t of them.
+
+    Args:
+        shares: int64[t, m], row i for points[i]. Several secrets shared to the same points may stand side by side.
+        points: the t distinct points.
+        prime: the field, prime² < 2^63.
+
+    Returns:
+        int64[m].
+
+    Raises:
+        ValueError: points that repeat or vanish, or not one row for each.
+    """
+    _check_points(points, prime)
+    if len(shares) != len(points):
+        raise ValueError(f"shares must have one row for each of {len(points)} points, got {len(shares)}")
+    weights = np.array([_weight(points, x, prime) for x in points], dtype=np.int64)
+    # Each product is reduced before summing: a prime above 2^27 leaves no room for more than one.
+    return (weights[:, None] * shares % prime).sum(axis=0) % prime
+
+
+def uniform(entropy: Entropy, count: int, prime: int) -> Limbs:
+    """int64[count] uniform in [0, prime): draws of the prime's width, those too large thrown away."""
+    mask = (1 << prime.bit_length()) - 1
+    accepted = np.empty(0, dtype=np.int64)
+    while len(accepted) < count:
+        draws = np.frombuffer(entropy(4 * (count - len(accepted))), dtype="<u4").astype(np.int64) & mask
+        accepted = np.concatenate([accepted, draws[draws < prime]])
+    return accepted
+
+
+def _weight(points: Sequence[int], x: int, prime: int) -> int:
+    """Lagrange's coefficient of point x at 0: Π z / (z − x) over the other points z."""
+    numerator = denominator = 1
+    for z in points:
+        if z != x:
+            numerator = numerator * z % prime
+            denominator = denominator * (z - x) % prime
+    return numerator * pow(denominator, -1, prime) % prime
+
+
+def _check_points(points: Sequence[int], prime: int) -> None:
+    # The share at 0 is the secret itself.
+    if len(set(points)) != len(points) or not all(0 < x < prime for x in points):
+        raise ValueError("points must be distinct and in [1, prime)")
