@@ -1,7 +1,7 @@
 """The one shape every way of adding up has: two sans-IO machines and one small driver.
 
-No sockets, clock, log or global randomness in here: bytes go in, bytes come out, and the caller decides when a phase has
-waited long enough. Wherever a step waits for n clients, whoever is missing when the caller closes it has dropped out.
+No sockets, clock, log or global randomness in here: bytes go in, bytes come out, and the caller decides when a phase
+has waited long enough. Whoever is missing when the caller closes a phase has dropped out.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,8 +20,8 @@ MAX_BITS = 32
 MAX_INDEX = 2**24  # indices are Shamir points too, and must stay inside the field
 
 VectorSource = Callable[[], IntVector]
-"""Gives a client's input, at most once, and only when every check of the step that sends it has passed: a round that dies
-early spends no privacy budget. After a crash the restarted machine asks again and must be given the same vector."""
+"""Gives a client's input, at most once, and only when every check of the step that sends it has passed: a round that
+dies early spends no privacy budget. After a crash the restarted machine asks again and must get the same vector."""
 
 
 def default_threshold(n: int) -> int:
@@ -36,7 +36,7 @@ def default_minimum_cohort(threshold: int) -> int:
 
 
 def default_colluders(n: int, threshold: int) -> int:
-    """2t − n − 1, the most colluders against whom t share holders never see two views of one round (complete graph)."""
+    """2t − n − 1, the most colluders against whom t share holders never see two views of a round (complete graph)."""
     return max(0, 2 * threshold - n - 1)
 
 
@@ -98,7 +98,7 @@ class Session:
                 raise ValueError(f"{name} must be in [{low}, {high}], got {value}{limit}")
         if self.bits > MAX_BITS:
             raise ValueError(
-                f"bound must keep 2·n·bound + 1 below 2^{MAX_BITS}, got {self.bound} with n = {n}; use a coarser scale"
+                f"bound must keep 2·n·bound + 1 below 2^{MAX_BITS}, got {self.bound} for n = {n}; coarsen the scale"
             )
 
     @property
@@ -172,7 +172,7 @@ def signed_total(words: Words, session: Session, contributors: int) -> npt.NDArr
 
 
 class AggregationServer(Protocol):
-    """The server's machine: says what to send to whom, takes replies one at a time, ends with a sum or a typed error."""
+    """The server's machine: says what to send to whom, takes replies one by one, ends with a sum or a typed error."""
 
     @property
     def phase(self) -> str: ...

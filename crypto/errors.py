@@ -61,4 +61,4 @@ class FaultyDealer(AggregationError):
 
 
 class SumOutOfRange(AggregationError):
-    """The sum exceeds contributors × bound: some client sent a value no honest client can have. Nothing is released."""
+    """The sum exceeds contributors × bound: a client sent a value no honest client has. Nothing is released."""

@@ -1,6 +1,7 @@
 """X25519, HKDF-SHA256, ChaCha20-Poly1305 and Ed25519 in the one way this layer uses each.
 
-Keys are raw bytes: 32 for every key, 64 for a signature. Sources: RFC 7748 §5 and §6.1, RFC 5869, RFC 8439 §2.8, RFC 8032 §5.1.
+Keys are raw bytes: 32 for every key, 64 for a signature.
+Sources: RFC 7748 §5 and §6.1, RFC 5869, RFC 8439 §2.8, RFC 8032 §5.1.
 """
 
 from cryptography.exceptions import InvalidSignature, InvalidTag
@@ -16,7 +17,7 @@ KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 TAG_BYTES = 16
 
-# Every sealing key is derived for one direction of one pair in one session and seals one box: the nonce is never reused.
+# Every sealing key is derived for one direction of one pair in one session and seals one box: no nonce repeats.
 _NONCE = bytes(12)
 
 

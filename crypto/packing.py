@@ -37,8 +37,10 @@ def encode(vector: IntVector, *, dim: int, bound: int, bits: int) -> Words:
         TypeError: not a numpy array of a signed integer dtype. Floats are never truncated silently.
         ValueError: wrong shape or a value beyond the bound. The value itself is never shown.
     """
-    if not isinstance(vector, np.ndarray) or vector.dtype.kind != "i":
-        found = vector.dtype if isinstance(vector, np.ndarray) else type(vector).__name__
+    # `object` here: the annotation is a promise of typed callers, and this is where the others are caught.
+    given: object = vector
+    if not isinstance(given, np.ndarray) or given.dtype.kind != "i":
+        found = given.dtype if isinstance(given, np.ndarray) else type(given).__name__
         raise TypeError(f"vector must be a numpy array of a signed integer dtype, got {found}; discretize it first")
     if vector.shape != (dim,):
         raise ValueError(f"vector must have shape ({dim},), got {vector.shape}")

@@ -1,7 +1,7 @@
 """Plain aggregation: the same shape, bounds and integers as the masked one, with every input visible to the server.
 
-**Guarantees**: exact sums and range checks; once per round and attempt. No confidentiality and no authenticity beyond what
-the transport gives.
+**Guarantees**: exact sums and range checks; once per round and attempt. No confidentiality and no authenticity beyond
+what the transport gives.
 """
 
 from contextlib import suppress

@@ -52,7 +52,7 @@ class Masker:
 
     def __init__(self) -> None:
         self._zeros = bytes(CHUNK_BYTES)
-        self._buffer = np.empty(CHUNK_BYTES, dtype=np.uint8)
+        self._buffer = bytearray(CHUNK_BYTES)
 
     def add(self, words: Words, key: bytes) -> None:
         """words += PRG(key), in place."""
@@ -65,9 +65,9 @@ class Masker:
     def _apply(self, operation: np.ufunc, words: Words, key: bytes) -> None:
         stream = _keystream(key)
         per_chunk = CHUNK_BYTES // words.itemsize
-        mask = self._buffer.view(words.dtype)
-        zeros = memoryview(self._zeros)
+        mask = np.frombuffer(self._buffer, dtype=words.dtype)
+        zeros, keystream = memoryview(self._zeros), memoryview(self._buffer)
         for start in range(0, len(words), per_chunk):
             part = words[start : start + per_chunk]
-            stream.update_into(zeros[: part.nbytes], memoryview(self._buffer)[: part.nbytes])
+            stream.update_into(zeros[: part.nbytes], keystream[: part.nbytes])
             operation(part, mask[: len(part)], out=part)

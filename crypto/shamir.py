@@ -1,7 +1,7 @@
 """Shamir's secret sharing over a prime field, vectorised: many limbs, one matrix product.
 
-A secret s is the constant term of a random polynomial f of degree t − 1; the share of point x is f(x). Any t shares give
-s by Lagrange interpolation at 0; any t − 1 are uniform and independent of s. Shamir 1979.
+A secret s is the constant term of a random polynomial f of degree t − 1; the share of point x is f(x). Any t shares
+give s by Lagrange interpolation at 0; any t − 1 are uniform and independent of s. Shamir 1979.
 """
 
 from collections.abc import Sequence
@@ -72,8 +72,8 @@ def split(secret: Limbs, *, points: Sequence[int], threshold: int, entropy: Entr
     Raises:
         ValueError: points that repeat or vanish, a threshold outside [2, len(points)], or one too large for the prime.
 
-    **Guarantees**: t − 1 rows are uniform whatever the secret, if `entropy` is (coefficients are drawn by rejection, so
-    without modulo bias). Says nothing about a dealer who lies: bind shares with signed hashes.
+    **Guarantees**: t − 1 rows are uniform whatever the secret, if `entropy` is (drawn by rejection, so without
+    modulo bias). Says nothing about a dealer who lies: bind shares with signed hashes.
     """
     _check_points(points, prime)
     if not 2 <= threshold <= len(points):
@@ -112,7 +112,8 @@ def combine(shares: Limbs, *, points: Sequence[int], prime: int = PRIME) -> Limb
         raise ValueError(f"shares must have one row for each of {len(points)} points, got {len(shares)}")
     weights = np.array([_weight(points, x, prime) for x in points], dtype=np.int64)
     # Each product is reduced before summing: a prime above 2^27 leaves no room for more than one.
-    return (weights[:, None] * shares % prime).sum(axis=0) % prime
+    combined: Limbs = (weights[:, None] * shares % prime).sum(axis=0) % prime
+    return combined
 
 
 def uniform(entropy: Entropy, count: int, prime: int) -> Limbs:

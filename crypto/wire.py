@@ -4,6 +4,7 @@ Messages hold fixed-size records in byte strings, never msgpack arrays: a forged
 allocate it before it notices that the bytes are missing.
 """
 
+from itertools import pairwise
 from typing import TypeVar
 
 import msgspec
@@ -49,11 +50,11 @@ def encode_indices(indices: tuple[int, ...]) -> bytes:
 
 
 def decode_indices(data: bytes) -> tuple[int, ...]:
-    """Raises RemoteProtocolError unless `data` holds strictly increasing indices: no duplicate, one form for one set."""
+    """Raises RemoteProtocolError unless the indices strictly increase: no duplicates, one form for one set."""
     if len(data) % INDEX_BYTES:
         raise RemoteProtocolError("a list of indices has a broken length")
     indices: tuple[int, ...] = tuple(np.frombuffer(data, dtype="<u4").tolist())
-    if any(a >= b for a, b in zip(indices, indices[1:], strict=False)):
+    if any(a >= b for a, b in pairwise(indices)):
         raise RemoteProtocolError("a list of indices is not strictly increasing")
     return indices
 

@@ -1,0 +1,287 @@
+"""The client of `secagg/1`: five messages in, five out, and an input that leaves at most once."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+
+from .. import keys, merkle, shamir
+from ..aggregation import Session, VectorSource, session_id
+from ..errors import LocalProtocolError, RemoteProtocolError
+from ..graph import neighbours
+from ..journal import Answers, Journal
+from ..packing import encode as to_residues
+from ..packing import pack
+from ..prg import Entropy, Masker, expand
+from ..roster import Identity, Roster
+from ..wire import decode, decode_indices, encode, encode_indices, records
+from . import messages as m
+
+
+class MaskedClient:
+    """One client in one attempt (Bonawitz et al. 2017, Figure 4). See `AggregationClient` for the methods.
+
+    Args:
+        session: as this client received it, checked by the caller against the site's policy.
+        identity: this site's long-term keys; its index is found in the roster.
+        roster: the pinned roster.
+        vector: the input, asked for once, after every check of the step that sends it. Exceptions from it propagate
+            unchanged and leave the machine failed.
+        journal: durable memory. All of the session's entropy is expanded from its seed.
+
+    Raises:
+        ValueError: a session that would protect nobody, or one this identity is not part of.
+
+    **Guarantees**, for an honest client whose pinned roster is right and whose journal is not rolled back: against a
+    malicious server with at most `colluders` clients (and fewer than `threshold`), at most one sum that includes
+    this input can be learnt, over at least `minimum_cohort` clients that signed the same view. Not promised: that
+    the others' inputs are honest, nor anything about what the sum itself reveals.
+
+    A message of another session or step, or one that does not parse, is refused and changes nothing. A message of this
+    step that fails a check shows a cheating server: the machine fails and its secrets are dropped (Python cannot
+    promise that their memory is overwritten).
+    """
+
+    def __init__(
+        self, *, session: Session, identity: Identity, roster: Roster, vector: VectorSource, journal: Journal
+    ) -> None:
+        m.check_session(session, roster)
+        self._index = roster.index_of(identity.member.secagg_key)
+        if self._index not in session.cohort:
+            raise ValueError(f"client {self._index} is not in the cohort {session.cohort}")
+        self.phase = m.ADVERTISE
+        self._session, self._identity, self._roster = session, identity, roster
+        self._sid = session_id(session, roster.hash)
+        self._vector, self._journal = vector, journal
+        self._answers = Answers(journal, self._sid)
+        self._most = m.largest_message(session)
+        self._steps: dict[str, tuple[type[msgspec.Struct], Callable[[Any], msgspec.Struct]]] = {
+            m.ADVERTISE: (m.Start, self._advertise),
+            m.SHARE: (m.Members, self._deal),
+            m.MASK: (m.Delivery, self._mask),
+            m.CONSISTENCY: (m.Survivors, self._consent),
+            m.UNMASK: (m.Reveal, self._reveal),
+        }
+        self._complained = False
+        self._forget()
+
+    @property
+    def done(self) -> bool:
+        return self.phase == m.DONE
+
+    def receive(self, message: bytes) -> bytes:
+        if self.phase == m.FAILED:
+            raise LocalProtocolError("this machine has failed; make a new one for a new attempt")
+        if (again := self._answers.repeated(message)) is not None:
+            return again
+        if self.done:
+            raise RemoteProtocolError("every step of this session has been answered")
+        kind, step = self._steps[self.phase]
+        received = decode(message, kind, most=self._most)
+        if received.sid != self._sid:  # type: ignore[attr-defined]  # every message of this protocol starts with sid
+            raise RemoteProtocolError("the server is in another session: its plan, model, roster or round differs")
+        try:
+            reply = self._answers.record(self.phase, message, encode(step(received)))
+            # A complaint voids the attempt: nothing of it may be answered any more.
+            following = m.DONE if self._complained else m.FOLLOWS[self.phase]
+            if following == m.DONE:
+                self._answers.finish()
+        except BaseException:
+            self.phase = m.FAILED
+            self._forget()
+            with suppress(Exception):  # the first error is the one to see; the high-water mark already stands
+                self._answers.finish()
+            raise
+        self.phase = following
+        if self.done:
+            self._forget()
+        return reply
+
+    def _forget(self) -> None:
+        """Drops everything secret; also what a machine holds before it starts."""
+        self._seed = self._mask_private = self._box_private = self._self_mask = b""
+        self._th = self._dealers_bytes = self._survivors_bytes = b""
+        self._members: tuple[int, ...] = ()
+        self._dealers: tuple[int, ...] = ()
+        self._survivors: tuple[int, ...] = ()
+        self._mask_keys: dict[int, bytes] = {}
+        self._box_keys: dict[int, bytes] = {}
+        self._held: dict[int, tuple[bytes, bytes]] = {}  # dealer → its b-share and its mask-key share
+
+    def _advertise(self, request: m.Start) -> m.Advertise:
+        session, sid = self._session, self._sid
+        self._seed = self._journal.begin(sid, session.run, session.round, session.attempt)
+        self._mask_private = self._entropy("mask key")(keys.KEY_BYTES)
+        self._box_private = self._entropy("box key")(keys.KEY_BYTES)
+        mask_key = keys.exchange_public_key(self._mask_private)
+        box_key = keys.exchange_public_key(self._box_private)
+        statement = m.advertise_statement(sid, self._index, mask_key, box_key)
+        return m.Advertise(sid=sid, mask_key=mask_key, box_key=box_key, signature=self._sign(statement))
+
+    def _deal(self, request: m.Members) -> m.Deal:
+        # 1. Whose keys: a subset of the cohort, large enough, with this client's own keys unaltered in it.
+        members = self._subset(request.members, of=self._session.cohort, what="members")
+        advertisements = records(request.advertisements, len(members), m.ADVERTISEMENT_BYTES)
+        for member, advertisement in zip(members, advertisements, strict=True):
+            self._learn_keys(member, advertisement)
+        own = (self._mask_keys[self._index], self._box_keys[self._index])
+        if own != tuple(map(keys.exchange_public_key, (self._mask_private, self._box_private))):
+            raise RemoteProtocolError("the server replaced this client's own keys")
+        if len({*self._mask_keys.values(), *self._box_keys.values()}) != 2 * len(members):
+            raise RemoteProtocolError("two of the advertised keys are the same")
+        self._members, self._th = members, m.transcript(self._sid, members, advertisements)
+
+        # 2. Two secrets, split among the neighbours; one box for each but this client itself.
+        self._self_mask = self._entropy("self mask")(shamir.SECRET_BYTES)
+        holders = neighbours(members, self._index)
+        pairs = [
+            a + b
+            for a, b in zip(
+                self._split(self._self_mask, holders, "self mask shares"),
+                self._split(self._mask_private, holders, "mask key shares"),
+                strict=True,
+            )
+        ]
+        hashes = [self._hash_pair(self._index, holder, pair) for holder, pair in zip(holders, pairs, strict=True)]
+        boxes = [
+            b"" if holder == self._index else self._seal(holder, pair)
+            for holder, pair in zip(holders, pairs, strict=True)
+        ]
+        self._held[self._index] = _halves(pairs[holders.index(self._index)])
+
+        # 3. One signature over all of it.
+        root = merkle.tree([m.leaf(pair, box) for pair, box in zip(hashes, boxes, strict=True)])[-1][0]
+        commitment = m.self_mask_commitment(self._sid, self._index, self._self_mask)
+        return m.Deal(
+            sid=self._sid,
+            commitment=commitment,
+            hashes=b"".join(hashes),
+            boxes=b"".join(boxes),
+            signature=self._sign(m.deal_statement(self._sid, self._th, self._index, commitment, root)),
+        )
+
+    def _mask(self, request: m.Delivery) -> m.MaskedInput:
+        # 1. Every dealing is as its dealer signed it; otherwise the server altered it.
+        dealers = self._subset(request.dealers, of=self._members, what="dealers")
+        self._dealers, self._dealers_bytes = dealers, request.dealers
+        others = [n for n in neighbours(self._members, self._index) if n in dealers and n != self._index]
+        size = m.dealing_bytes(len(self._members))
+        complaints = []
+        for dealer, dealing in zip(others, records(request.dealings, len(others), size), strict=True):
+            hashes, box = self._check_dealing(dealer, dealing)
+            # 2. What a dealer signed may still be bad: that is the dealer's fault, and said so.
+            try:
+                self._held[dealer] = self._open(dealer, hashes, box)
+            except RemoteProtocolError:
+                complaints.append(dealer)
+        if complaints:
+            self._complained = True
+            return self._masked_input(b"", encode_indices(tuple(complaints)))
+        if len(self._held) < self._session.threshold:
+            raise RemoteProtocolError("fewer shares than the threshold were delivered")
+
+        # 3. y = x + PRG(b) + Σ ± PRG(s_ij) modulo 2^w, + where i > j. From here on only the input itself can fail.
+        session, masker = self._session, Masker()
+        pair_keys = {
+            other: m.pair_mask_key(keys.agree(self._mask_private, self._mask_keys[other]), self._th, self._index, other)
+            for other in others
+        }
+        words = to_residues(self._vector(), dim=session.dim, bound=session.bound, bits=session.bits)
+        masker.add(words, m.self_mask_key(self._self_mask, self._th))
+        for other, key in pair_keys.items():
+            if self._index > other:
+                masker.add(words, key)
+            else:
+                masker.subtract(words, key)
+        return self._masked_input(pack(words, session.bits), b"")
+
+    def _consent(self, request: m.Survivors) -> m.Consent:
+        survivors = self._subset(request.survivors, of=self._dealers, what="survivors")
+        self._survivors, self._survivors_bytes = survivors, request.survivors
+        return m.Consent(sid=self._sid, signature=self._sign(self._view()))
+
+    def _reveal(self, request: m.Reveal) -> m.Shares:
+        signers = decode_indices(request.signers)
+        quorum = m.view_quorum(len(self._members), self._session.colluders)
+        if not set(signers) <= set(self._survivors) or len(signers) < quorum:
+            raise RemoteProtocolError(f"{quorum} survivors must have signed this view, got {len(signers)}")
+        for signer, signature in zip(
+            signers, records(request.signatures, len(signers), keys.SIGNATURE_BYTES), strict=True
+        ):
+            keys.verify(self._roster.members[signer].secagg_key, signature, self._view())
+        # One kind of share for each dealer, never both: both would open its input alone.
+        survivors = set(self._survivors)
+        return m.Shares(
+            sid=self._sid,
+            self_mask=b"".join(self._held[dealer][0] for dealer in self._dealers if dealer in survivors),
+            mask_key=b"".join(self._held[dealer][1] for dealer in self._dealers if dealer not in survivors),
+        )
+
+    def _entropy(self, label: str) -> Entropy:
+        return expand(self._seed, session_id=self._sid, label=label)
+
+    def _sign(self, statement: bytes) -> bytes:
+        return keys.sign(self._identity.secagg_private, statement)
+
+    def _subset(self, data: bytes, *, of: tuple[int, ...], what: str) -> tuple[int, ...]:
+        """Checked indices: from `of`, this client among them, no fewer than the quorum."""
+        indices = decode_indices(data)
+        if not set(indices) <= set(of) or self._index not in indices:
+            raise RemoteProtocolError(f"{what} must be of the step before and include this client")
+        if len(indices) < self._session.quorum:
+            raise RemoteProtocolError(f"{len(indices)} {what} are fewer than the {self._session.quorum} agreed on")
+        return indices
+
+    def _learn_keys(self, member: int, advertisement: bytes) -> None:
+        advertised = decode(advertisement, m.Advertise, most=m.ADVERTISEMENT_BYTES)
+        statement = m.advertise_statement(self._sid, member, advertised.mask_key, advertised.box_key)
+        keys.verify(self._roster.members[member].secagg_key, advertised.signature, statement)
+        self._mask_keys[member], self._box_keys[member] = advertised.mask_key, advertised.box_key
+
+    def _split(self, secret: bytes, holders: tuple[int, ...], label: str) -> list[bytes]:
+        shares = shamir.split(
+            shamir.to_limbs(secret),
+            points=[holder + 1 for holder in holders],
+            threshold=self._session.threshold,
+            entropy=self._entropy(label),
+        )
+        return [shamir.encode_share(share) for share in shares]
+
+    def _hash_pair(self, dealer: int, holder: int, pair: bytes) -> bytes:
+        self_mask, mask_key = _halves(pair)
+        return m.share_hash(self._sid, m.SELF_MASK, dealer, holder, self_mask) + m.share_hash(
+            self._sid, m.MASK_KEY, dealer, holder, mask_key
+        )
+
+    def _seal(self, holder: int, pair: bytes) -> bytes:
+        secret = keys.agree(self._box_private, self._box_keys[holder])
+        key = m.box_key(secret, self._th, self._index, holder)
+        return keys.seal(key, pair, bound_to=m.box_context(self._sid, self._th, self._index, holder))
+
+    def _check_dealing(self, dealer: int, dealing: bytes) -> tuple[bytes, bytes]:
+        """This client's hash pair and box of one dealing, proved to be under the dealer's signature."""
+        commitment, signature, hashes, siblings, box = m.split_dealing(dealing)
+        position = neighbours(self._members, dealer).index(self._index)
+        root = merkle.root_from_path(m.leaf(hashes, box), position, siblings)
+        statement = m.deal_statement(self._sid, self._th, dealer, commitment, root)
+        keys.verify(self._roster.members[dealer].secagg_key, signature, statement)
+        return hashes, box
+
+    def _open(self, dealer: int, hashes: bytes, box: bytes) -> tuple[bytes, bytes]:
+        key = m.box_key(keys.agree(self._box_private, self._box_keys[dealer]), self._th, dealer, self._index)
+        pair = keys.open_sealed(key, box, bound_to=m.box_context(self._sid, self._th, dealer, self._index))
+        if self._hash_pair(dealer, self._index, pair) != hashes:
+            raise RemoteProtocolError("a share is not the one its dealer signed")
+        return _halves(pair)
+
+    def _masked_input(self, masked: bytes, complaints: bytes) -> m.MaskedInput:
+        statement = m.masked_statement(self._sid, self._th, self._index, self._dealers_bytes, masked, complaints)
+        return m.MaskedInput(sid=self._sid, masked=masked, complaints=complaints, signature=self._sign(statement))
+
+    def _view(self) -> bytes:
+        return m.consent_statement(self._sid, self._th, self._dealers_bytes, self._survivors_bytes)
+
+
+def _halves(pair: bytes) -> tuple[bytes, bytes]:
+    return pair[: shamir.SHARE_BYTES], pair[shamir.SHARE_BYTES :]
