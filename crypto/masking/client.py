@@ -235,6 +235,8 @@ class MaskedClient:
 
     def _learn_keys(self, member: int, advertisement: bytes) -> None:
         advertised = decode(advertisement, m.Advertise, most=m.ADVERTISEMENT_BYTES)
+        if advertised.sid != self._sid:
+            raise RemoteProtocolError("an advertisement is of another session")
         statement = m.advertise_statement(self._sid, member, advertised.mask_key, advertised.box_key)
         keys.verify(self._roster.members[member].secagg_key, advertised.signature, statement)
         self._mask_keys[member], self._box_keys[member] = advertised.mask_key, advertised.box_key

@@ -31,8 +31,8 @@ class MaskedServer:
         ValueError: a session in which masks would protect nobody.
 
     **Guarantees**: ends with the exact sum over `contributors`, or a typed error and no sum. A bad reply changes
-    nothing. A bad share is named by the hash its dealer signed; a bad dealer by its commitment or advertised key. Memory
-    for inputs is one vector. Not promised: detection of a false but in-range input.
+    nothing. A bad share is named by the hash its dealer signed, a bad dealer by its commitment or advertised key.
+    Memory for inputs is one vector. Not promised: detection of a false but in-range input.
     """
 
     def __init__(self, *, session: Session, roster: Roster) -> None:

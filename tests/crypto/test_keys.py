@@ -28,7 +28,7 @@ def test_hkdf_matches_rfc_5869_case_1() -> None:
 
 
 def test_sealing_matches_rfc_8439() -> None:
-    # Appendix A.1, vectors 1 and 2: the zero key's blocks 0 and 1 under the zero nonce. Block 0 keys Poly1305 and block 1
+    # Appendix A.1, vectors 1 and 2: blocks 0 and 1 of the zero key under the zero nonce. Block 0 keys Poly1305, block 1
     # is the first of the keystream (§2.8), so sealing 64 zero bytes shows both.
     block_0 = bytes.fromhex("76b8e0ada0f13d90405d6ae55386bd28bdd219b8a08ded1aa836efcc8b770dc7")
     block_1 = bytes.fromhex(
@@ -50,7 +50,7 @@ def test_a_box_opens_only_unaltered_under_its_key_and_context() -> None:
         (bytes(32), box, b"other"),
         (bytes(32), b"", b"context"),
     ):
-        with pytest.raises(RemoteProtocolError, match="^a sealed box does not open$"):
+        with pytest.raises(RemoteProtocolError, match=r"^a sealed box does not open$"):
             keys.open_sealed(key, altered, bound_to=context)
 
 
