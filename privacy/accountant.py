@@ -34,9 +34,10 @@ _MIN_PLD_DELTA = 1e-11  # below it, the rounding errors of float64 Fourier trans
 _TOLERANCE = 0.005  # refine the grid until ε moves by less, relatively
 _REFINEMENT = 4.0  # the grid's error falls with the square of its step, so one refinement leaves a fifteenth of it
 _STEPS_PER_EPSILON = 500  # the first grid: coarse enough to be cheap, fine enough to settle after one refinement
-_MAX_GRID = 2**22  # points; beyond it RDP answers
+_MAX_GRID = 2**22  # points of a composition; beyond it RDP answers
+_MAX_EVENT_GRID = 2**18  # points of one event, which dp-accounting builds one by one in Python
 _TAIL_MASS = 1e-15  # probability that the composed window may miss; counted as certain disclosure
-_ROUNDING = 2.0**-48  # error of a Fourier power, per composed event (2⁻⁵⁰ measured against longdouble); counted likewise
+_ROUNDING = 2.0**-48  # error of a Fourier power per event (measured: 2⁻⁵⁰, against longdouble); counted likewise
 _MAX_WORLDS = 16  # combinations of parts that are convolved one by one
 _CHERNOFF_ORDERS = np.concatenate([-(2.0 ** np.arange(-5, 14)), 2.0 ** np.arange(-5, 14)])
 _RDP_ORDERS = np.array(rdp_privacy_accountant.DEFAULT_RDP_ORDERS, dtype=np.float64)
@@ -49,7 +50,8 @@ class Epsilon(msgspec.Struct, frozen=True):
         value: ε at `delta`, for neighbours by adding or removing one unit; infinite if some release had no noise.
         delta: the δ it holds at.
         accountant: the method that gave the smaller bound.
-        tolerance: how much ε still moved, relatively, at the last grid refinement; 0 where there is no grid (RDP,
+        tolerance: how much ε still moved, relatively, at the last grid refinement; 1 if memory allowed only one grid
+            or none; 0 where there is no grid (RDP,
             and unsampled Gaussians alone, whose privacy loss distribution is known in closed form).
         per_group: ε of the records of each part of a split ("all" if nothing was split); `value` is their maximum.
     """
@@ -157,18 +159,17 @@ class Accountant:
     def _pld_cost(self, events: _Multiset, delta: float, guess: float) -> _Cost:
         """ε by PLD on finer and finer grids. Every grid is pessimistic, so stopping early loses tightness only."""
         step = _first_step(guess)
-        best, change = math.inf, math.inf
-        while all(_grid_points(event, step) <= _MAX_GRID for event, _ in events):
+        best, change = math.inf, 1.0
+        while all(_grid_points(event, step) <= _MAX_EVENT_GRID for event, _ in events):
             value = _pld_epsilon([(self._grid(event, step), count) for event, count in events], step, delta)
             if math.isinf(value):  # the window outgrew the memory, or δ is below the rounding allowance
                 break
-            change = abs(best - value) / value if value > 0 else best
+            if math.isfinite(best):
+                change = abs(best - value) / value if value > 0 else best
             best = min(best, value)
             if change < _TOLERANCE:
                 break
             step /= _REFINEMENT
-        if math.isinf(change):  # one grid alone says nothing about its error
-            return _Cost(math.inf, "pld", 0.0)
         return _Cost(best, "pld", change)
 
 
@@ -295,9 +296,12 @@ def _first_step(epsilon: float) -> float:
 
 
 def _grid_points(event: Event, step: float) -> float:
-    """How many points one event needs: a Gaussian's loss is N(1/2σ², 1/σ²), cut at ten deviations."""
-    sigma = event.noise_multiplier
-    return (0.5 / sigma**2 + 10.0 / sigma) / step
+    """How many points one event needs. Unsampled, |loss| is below 1/2σ² + 10/σ all but surely; sampling shrinks it."""
+    unsampled = 0.5 / event.noise_multiplier**2 + 10.0 / event.noise_multiplier
+    if not isinstance(event, PoissonGaussian) or event.sample_rate == 1.0 or unsampled > 700.0:  # exp overflows
+        return 2 * unsampled / step
+    rate = event.sample_rate
+    return (math.log1p(rate * math.expm1(unsampled)) + min(unsampled, -math.log1p(-rate))) / step
 
 
 def _grid_of(event: Event, step: float) -> _Grid:

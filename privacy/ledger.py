@@ -1,0 +1,416 @@
+"""Where the spending is written down: append-only, hash-chained, durable before bytes leave.
+
+One SQLite file holds the chain of one hospital, or of every site of a simulation. For each site,
+
+    h₀ = SHA256("privfed-ledger/1" ‖ 0 ‖ ledger id ‖ 0 ‖ site),    hᵢ = SHA256(hᵢ₋₁ ‖ bodyᵢ),
+
+where body is the canonical JSON of {entry, sequence, time}. Entries are read once per process and checked against the
+chain as they are read, so that no budget is ever decided on an entry that fails it.
+"""
+
+import hashlib
+import os
+import secrets
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import msgspec
+
+from .errors import ChargeConflict, LedgerCorrupt, PrivacyError
+from .events import Charge, NoiseSite, PrivacyUnit, from_canonical_json, to_canonical_json
+
+_APPLICATION_ID = 0x70764C31  # "pvL1" in the SQLite header: tells our files from others
+_BUSY_SECONDS = 30.0
+_MAX_NAME = 200
+# What SQLite calls a file that is cut short, overwritten, or no database at all
+_DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR_SHORT_READ}
+_SCHEMA = {
+    "ledger": "CREATE TABLE ledger (id TEXT NOT NULL)",
+    "entries": """CREATE TABLE entries (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, site TEXT NOT NULL, sequence INTEGER NOT NULL, kind TEXT NOT NULL,
+        run TEXT NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL, body BLOB NOT NULL, hash BLOB NOT NULL,
+        UNIQUE (site, sequence), UNIQUE (site, kind, run, round, attempt))""",
+    "entries_no_update": """CREATE TRIGGER entries_no_update BEFORE UPDATE ON entries
+        BEGIN SELECT RAISE(ABORT, 'a ledger is append-only'); END""",
+    "entries_no_delete": """CREATE TRIGGER entries_no_delete BEFORE DELETE ON entries
+        BEGIN SELECT RAISE(ABORT, 'a ledger is append-only'); END""",
+    "ledger_no_update": """CREATE TRIGGER ledger_no_update BEFORE UPDATE ON ledger
+        BEGIN SELECT RAISE(ABORT, 'a ledger keeps its id'); END""",
+    "ledger_no_delete": """CREATE TRIGGER ledger_no_delete BEFORE DELETE ON ledger
+        BEGIN SELECT RAISE(ABORT, 'a ledger keeps its id'); END""",
+}
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One line of the ledger, as its writer states it. Never a record, a gradient or a key.
+
+    Args:
+        kind: "charge" for a spend, "run" for the promises that a run starts with (no charges).
+        site: whose records were touched.
+        dataset: hex fingerprint of the data set under a key of the site's own.
+        run, round, attempt: with kind and site, the name of this entry. A repeated round with fresh noise is a new
+            attempt.
+        unit, noise: what the run claims to protect, and where its noise is added.
+        audience: who sees the release; spends towards different audiences are composed apart.
+        charges: what happened, in public constants.
+        insecure_seed: the noise came from a fixed seed: whoever knows the seed sees through it.
+        metadata: further public facts as text.
+    """
+
+    kind: Literal["charge", "run"] = "charge"
+    site: str
+    dataset: str
+    run: str
+    round: int
+    attempt: int = 0
+    unit: PrivacyUnit
+    noise: NoiseSite
+    audience: str = "federation"
+    charges: tuple[Charge, ...] = ()
+    insecure_seed: bool = False
+    metadata: dict[str, str] = {}
+
+    def __post_init__(self) -> None:
+        for name in ("site", "run", "audience"):
+            value = getattr(self, name)
+            if not (0 < len(value) <= _MAX_NAME and value.isprintable()):
+                raise ValueError(f"{name} must be 1 to {_MAX_NAME} printable characters, got {value!r}")
+        if not self.dataset or not set(self.dataset) <= set("0123456789abcdef"):
+            raise ValueError(f"dataset must be a lower-case hex fingerprint, got {self.dataset!r}")
+        msgspec.structs.force_setattr(self, "charges", tuple(self.charges))
+        msgspec.structs.force_setattr(self, "metadata", dict(self.metadata))
+        for name in ("round", "attempt"):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value < 2**63:
+                raise ValueError(f"{name} must be an integer from 0, got {value!r}")
+        if (self.kind == "charge") != bool(self.charges):
+            raise ValueError(f"a charge has charges and a run entry has none, got {self.kind!r} with {self.charges!r}")
+
+
+class Recorded(msgspec.Struct, frozen=True, kw_only=True):
+    """An entry as it stands in a chain.
+
+    Attributes:
+        entry: what was written.
+        sequence: its place in its site's chain, from 1.
+        time: when it was written, UTC, ISO 8601.
+        hash: hᵢ in hex.
+    """
+
+    entry: Entry
+    sequence: int
+    time: str
+    hash: str
+
+
+class _Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The bytes that are hashed."""
+
+    entry: Entry
+    sequence: int
+    time: str
+
+
+Check = Callable[[tuple[Charge, ...], tuple[Charge, ...]], None]
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Ledger:
+    """Opens the ledger at `path`, or creates it (mode 0600) if nothing is there. One thread each; many processes.
+
+    **Guarantees.** An entry is on disk when the call that writes it returns, and survives kill -9 and power loss (as
+    far as the disk honours fsync). An entry is written whole or not at all. Writers on one file take turns, so a check
+    sees everything that was ever charged. An edited, dropped, swapped or truncated entry is found when it is read.
+    What is *not* found: a file replaced by an older copy of itself, or rewritten from the start by someone who
+    recomputes every hash. Against that, keep `head(site)` elsewhere, signed.
+
+    Args:
+        path: the file; its folder must exist.
+        clock: gives an aware datetime.
+
+    Raises:
+        LedgerCorrupt: the file is not a ledger, is damaged, or has lost entries.
+        PrivacyError: the file cannot be opened, or another process holds it for longer than 30 seconds.
+        OSError: the file cannot be created.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], clock: Callable[[], datetime] = _utc_now) -> None:
+        self.path = Path(path)
+        self._clock = clock
+        self._chains: dict[str, _Chain] = {}
+        with self._explained():
+            if not self.path.exists():
+                _create(self.path)
+            self._connection = _connect(self.path)
+            try:
+                self._id = self._open()
+            except BaseException:
+                self._connection.close()
+                raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def charge(self, entry: Entry, check: Check | None = None) -> Recorded:
+        """Writes a spend, durably, before the release that it pays for.
+
+        The same entry again (a restarted process that replays its round) gives back the earlier one and spends
+        nothing; `check` is not asked.
+
+        Args:
+            entry: of kind "charge".
+            check: called as check(prior, new) inside the transaction, with all earlier charges of this site, data set
+                and audience over all runs, and those of `entry`; raises to refuse, and nothing is written. It must
+                not use this ledger.
+
+        Raises:
+            ChargeConflict: a different entry stands under the same site, run, round and attempt.
+            LedgerCorrupt: an earlier entry fails its hash. Nothing is written.
+        """
+        if entry.kind != "charge":
+            raise ValueError(f'charge() takes an entry of kind "charge", got {entry.kind!r}')
+        return self._append(entry, check)
+
+    def begin_run(self, entry: Entry) -> Recorded:
+        """Writes what a run promises before its first round. Idempotent and raising like `charge`."""
+        if entry.kind != "run":
+            raise ValueError(f'begin_run() takes an entry of kind "run", got {entry.kind!r}')
+        return self._append(entry, None)
+
+    def charges(self, site: str, dataset: str, audience: str = "federation") -> tuple[Charge, ...]:
+        """Every charge of a site's data set towards an audience, over all runs: ε never restarts."""
+        with self._explained():
+            chain = self._read_on(site)
+        return _spends(chain, dataset, audience)
+
+    def entries(self, site: str | None = None) -> tuple[Recorded, ...]:
+        """The entries of one chain, or of all, site by site in order."""
+        with self._explained():
+            sites = self._sites() if site is None else [site]
+            return tuple(recorded for name in sites for recorded in self._read_on(name).recorded)
+
+    def head(self, site: str) -> str:
+        """The last hash of a site's chain in hex, h₀ for an empty one: what a signature should cover."""
+        with self._explained():
+            return self._read_on(site).head.hex()
+
+    def verify(self) -> None:
+        """Reads everything again and recomputes every hash, sequence number and canonical form.
+
+        Raises:
+            LedgerCorrupt: naming the first bad entry and why.
+        """
+        with self._explained():
+            self._chains.clear()
+            for site in self._sites():
+                self._read_on(site)
+            self._check_complete()
+            self._check_schema()
+
+    # Inside
+
+    def _append(self, entry: Entry, check: Check | None) -> Recorded:
+        with self._explained():
+            # IMMEDIATE takes the write lock before reading: two runs cannot both see the last of a budget
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                chain = self._read_on(entry.site)
+                earlier = chain.by_key.get(_key(entry))
+                if earlier is None:
+                    if check is not None:
+                        check(_spends(chain, entry.dataset, entry.audience), entry.charges)
+                    self._insert(chain, entry)
+                elif to_canonical_json(earlier.entry) != to_canonical_json(entry):
+                    raise ChargeConflict(
+                        f"site {entry.site!r}, run {entry.run!r}, round {entry.round}, attempt {entry.attempt} is "
+                        "already in the ledger with another content. A retry must repeat the same release; give a "
+                        "release with fresh noise a new attempt"
+                    )
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+            return earlier or self._read_on(entry.site).by_key[_key(entry)]
+
+    def _insert(self, chain: "_Chain", entry: Entry) -> None:
+        moment = self._clock()
+        if moment.utcoffset() is None:
+            raise ValueError("the clock must give an aware datetime, such as datetime.now(UTC)")
+        sequence = len(chain.recorded) + 1
+        body = to_canonical_json(_Body(entry, sequence, moment.astimezone(UTC).isoformat()))
+        _decode_body(body)  # what could not be read back must not be written
+        self._connection.execute(
+            "INSERT INTO entries (site, sequence, kind, run, round, attempt, body, hash) VALUES (?,?,?,?,?,?,?,?)",
+            (
+                *(entry.site, sequence, entry.kind, entry.run, entry.round, entry.attempt),
+                *(body, hashlib.sha256(chain.head + body).digest()),
+            ),
+        )
+
+    def _read_on(self, site: str) -> "_Chain":
+        """The site's chain with what was added since the last look, each entry checked as it is read."""
+        self._check_complete()
+        chain = self._chains.get(site)
+        if chain is None:
+            chain = _Chain(_genesis(self._id, site))
+        rows = self._connection.execute(
+            "SELECT sequence, kind, run, round, attempt, body, hash FROM entries "
+            "WHERE site = ? AND sequence > ? ORDER BY sequence",
+            (site, len(chain.recorded)),
+        )
+        for sequence, *key, body, digest in rows:
+            chain.add(self._checked(chain, site, sequence, tuple(key), body, digest), digest)
+        self._chains[site] = chain
+        return chain
+
+    def _checked(
+        self, chain: "_Chain", site: str, sequence: int, key: tuple[object, ...], body: bytes, digest: bytes
+    ) -> Recorded:
+        expected = len(chain.recorded) + 1
+        where = f"site {site!r}, entry {expected}"
+        if sequence != expected:
+            raise LedgerCorrupt(self.path, f"it is missing: entry {sequence} follows entry {expected - 1}", where)
+        if {type(body), type(digest)} != {bytes}:  # SQLite stores what it is given, whatever the column says
+            raise LedgerCorrupt(self.path, "its body or its hash is not a byte string", where)
+        if hashlib.sha256(chain.head + body).digest() != digest:
+            raise LedgerCorrupt(self.path, "its hash does not follow from its content and the entry before it", where)
+        try:
+            read = _decode_body(body)
+        except (ValueError, TypeError) as error:
+            raise LedgerCorrupt(self.path, f"its content cannot be read: {error}", where) from error
+        if read.sequence != sequence or read.entry.site != site or _key(read.entry) != key:
+            raise LedgerCorrupt(self.path, "it stands under another site, round or number than it names", where)
+        return Recorded(entry=read.entry, sequence=sequence, time=read.time, hash=digest.hex())
+
+    def _sites(self) -> list[str]:
+        return [site for (site,) in self._connection.execute("SELECT DISTINCT site FROM entries ORDER BY site")]
+
+    def _open(self) -> str:
+        """Checks that this is a whole ledger, and gives its id."""
+        (application,) = self._connection.execute("PRAGMA application_id").fetchone()
+        if application != _APPLICATION_ID:
+            raise LedgerCorrupt(self.path, "it is not a privfed ledger")
+        (health,) = self._connection.execute("PRAGMA quick_check(1)").fetchone()
+        if health != "ok":
+            raise LedgerCorrupt(self.path, f"the database is damaged: {health}")
+        self._check_schema()
+        rows = self._connection.execute("SELECT id FROM ledger").fetchall()
+        if len(rows) != 1 or not isinstance(rows[0][0], str):
+            raise LedgerCorrupt(self.path, "it has lost its id")
+        self._check_complete()
+        return str(rows[0][0])
+
+    def _check_schema(self) -> None:
+        tables_and_triggers = "SELECT name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite!_%' ESCAPE '!'"
+        found = dict(self._connection.execute(tables_and_triggers).fetchall())
+        for name in sorted(_SCHEMA.keys() | found.keys()):
+            if found.get(name) != _SCHEMA.get(name):
+                raise LedgerCorrupt(self.path, f"its schema was changed: {name} is not as created")
+
+    def _check_complete(self) -> None:
+        """No chain shows that its last entry is gone. SQLite's own count of numbers given out does."""
+        held, last, given = self._connection.execute(
+            "SELECT (SELECT COUNT(*) FROM entries), (SELECT COALESCE(MAX(id), 0) FROM entries), "
+            "(SELECT COALESCE(MAX(seq), 0) FROM sqlite_sequence WHERE name = 'entries')"
+        ).fetchone()
+        if not held == last == given:
+            raise LedgerCorrupt(self.path, f"{max(last, given) - held} of {max(last, given)} entries are missing")
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """SQLite's errors in the ledger's words."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", None) in _DAMAGE:
+                raise LedgerCorrupt(self.path, f"SQLite says: {error}") from error
+            raise PrivacyError(f"cannot use the ledger {self.path}: {error}") from error
+
+
+class _Chain:
+    """What this process has read of one site's chain."""
+
+    def __init__(self, genesis: bytes) -> None:
+        self.head = genesis
+        self.recorded: list[Recorded] = []
+        self.by_key: dict[tuple[object, ...], Recorded] = {}
+
+    def add(self, recorded: Recorded, digest: bytes) -> None:
+        self.head = digest
+        self.recorded.append(recorded)
+        self.by_key[_key(recorded.entry)] = recorded
+
+
+def _key(entry: Entry) -> tuple[object, ...]:
+    return entry.kind, entry.run, entry.round, entry.attempt
+
+
+def _spends(chain: _Chain, dataset: str, audience: str) -> tuple[Charge, ...]:
+    entries = (recorded.entry for recorded in chain.recorded)
+    return tuple(
+        charge
+        for entry in entries
+        if entry.dataset == dataset and entry.audience == audience
+        for charge in entry.charges
+    )
+
+
+def _genesis(ledger_id: str, site: str) -> bytes:
+    return hashlib.sha256(b"\0".join([b"privfed-ledger/1", ledger_id.encode(), site.encode()])).digest()
+
+
+def _decode_body(body: bytes) -> _Body:
+    return from_canonical_json(body, _Body)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    # mode=rw: a file that vanished is an error, never silently a new and empty ledger
+    uri = f"{path.resolve().as_uri()}?mode=rw"
+    connection = sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None)
+    # With a rollback journal, FULL may lose the last commit to a power cut (the folder is not synced after the
+    # journal is deleted). EXTRA syncs it.
+    connection.execute("PRAGMA synchronous = EXTRA")
+    return connection
+
+
+def _create(path: Path) -> None:
+    """A whole empty ledger appears under its name at once, or not at all; whoever comes second uses the first's."""
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.new")
+    os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    try:
+        connection = _connect(draft)
+        try:
+            connection.execute("BEGIN")
+            connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+            for statement in _SCHEMA.values():
+                connection.execute(statement)
+            connection.execute("INSERT INTO ledger VALUES (?)", (secrets.token_hex(16),))
+            connection.execute("COMMIT")
+        finally:
+            connection.close()
+        with suppress(FileExistsError):
+            os.link(draft, path)
+    finally:
+        draft.unlink()
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
