@@ -1,0 +1,32 @@
+# `make run` shows the main job, `make test` runs the tests; both build .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: run test lint clean
+run: .venv/.ready
+	$(BIN)/privfed run
+
+test: .venv/.ready-dev
+	$(BIN)/pytest -n 2
+
+lint: .venv/.ready-dev
+	$(BIN)/ruff check privfed privacy crypto benchmarks tests
+	$(BIN)/ruff format --check privfed privacy crypto benchmarks tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# torch first and by exact version: a resolver left alone may fetch several GB of CUDA packages.
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "privfed needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/.ready-dev: .venv/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,1 @@
+"""The data door and its implementations."""

@@ -1,0 +1,154 @@
+"""The data door: the only way from records to anything that learns.
+
+A method asks for a draw, then for gradients on it. It never sees a record, a label, a count or a loss. The door clips,
+noises and meters; what it executed stands in ``charges``. A method that uses nothing else is differentially private by
+composition and post-processing (Dwork and Roth 2014, Theorem 3.16 and Proposition 2.1).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from ..events import Charge, PoissonGaussian
+from ..noise import poisson_sample
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""``loss(output [B, ...], target [B]) -> [B]``: one number per record, moved by that record alone."""
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Records:
+    """A site's training records, for its doors only.
+
+    Args:
+        inputs: float32[n, ...].
+        targets: int64[n] or float32[n].
+        parts: name → int64[m] row numbers. "all" is every record; the other parts come from a keyed hash of each
+            record's id, so that membership never depends on other records.
+        split: names the keyed hash behind the parts; the ledger books a part as ``<split>/<part>``.
+    """
+
+    inputs: Tensor = field(repr=False)
+    targets: Tensor = field(repr=False)
+    parts: Mapping[str, Tensor] = field(repr=False)
+    split: str = "none"
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+class Batch:
+    """An opaque draw. It shows neither records nor how many there are."""
+
+    __slots__ = ("_part", "_rows")
+
+    def __init__(self, part: str, rows: Tensor) -> None:
+        self._part, self._rows = part, rows
+
+    def __repr__(self) -> str:
+        return f"Batch(part={self._part!r})"
+
+
+class Door(Protocol):
+    """Draws batches and answers gradient queries on them, for K models at once (K = 1 at a real site)."""
+
+    def draw(self, part: str = ALL) -> Batch:
+        """A Poisson sample, at the public rate, of the records of ``part``."""
+        ...
+
+    def gradient(self, theta: Tensor, batch: Batch) -> Tensor:
+        """float32[K, P]: the mean loss gradient at ``theta`` float32[K, P], clipped and noised as the run demands."""
+        ...
+
+    @property
+    def charges(self) -> tuple[Charge, ...]:
+        """What the door has executed so far, as the ledger books it."""
+        ...
+
+
+@dataclass
+class Meter:
+    """Books what was executed: m queries on one draw are one event P(q, σ/√m), a fresh draw is an event of its own.
+
+    m answers with noise σ on the same records tell as much as one answer with noise σ/√m (their average is sufficient
+    for the shared sum), while the sampling amplifies once. Booking them as m fresh draws would understate ε.
+    """
+
+    sample_rate: float
+    noise_multiplier: float
+    split: str
+    _queries: dict[int, tuple[Batch, int]] = field(default_factory=dict)
+
+    def query(self, batch: Batch) -> None:
+        _, before = self._queries.get(id(batch), (batch, 0))
+        self._queries[id(batch)] = (batch, before + 1)  # holds the batch, so that its id is not used again
+
+    @property
+    def charges(self) -> tuple[Charge, ...]:
+        runs: dict[tuple[str, int], int] = {}
+        for batch, queries in self._queries.values():
+            runs[batch._part, queries] = runs.get((batch._part, queries), 0) + 1
+        return tuple(
+            charge(group(self.split, part), self.sample_rate, self.noise_multiplier / math.sqrt(queries), count)
+            for (part, queries), count in sorted(runs.items())
+        )
+
+
+def group(split: str, part: str) -> str:
+    """The ledger's name for a part of a split."""
+    return ALL if part == ALL else f"{split}/{part}"
+
+
+def charge(group: str, sample_rate: float, noise_multiplier: float, count: int) -> Charge:
+    """The ledger's line for ``count`` fresh draws with one query each."""
+    return Charge(
+        event=PoissonGaussian(sample_rate=sample_rate, noise_multiplier=noise_multiplier), count=count, group=group
+    )
+
+
+def rows_of(records: Records, part: str) -> Tensor:
+    """The row numbers of ``part``, or an error that names the parts there are."""
+    try:
+        return records.parts[part]
+    except KeyError:
+        raise ValueError(f"part must be one of {sorted(records.parts)}, got {part!r}") from None
+
+
+def check_theta(theta: Tensor, parameters: int) -> None:
+    """Refuse a theta that is not [1, P]: this door serves one site."""
+    if theta.shape != (1, parameters):
+        raise ValueError(f"theta must have shape [1, {parameters}], got {list(theta.shape)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoorSettings:
+    """The public constants of a private door; none may be computed from the records.
+
+    Args:
+        sample_rate: q in (0, 1], the probability that a record is in a draw.
+        expected_batch_size: the denominator of a mean gradient over "all"; parts scale it by ``part_fractions``.
+        max_grad_norm: C, the largest L2 norm of one record's gradient.
+        noise_multiplier: σ / C.
+        part_fractions: part → the public fraction of records that its keyed hash selects.
+    """
+
+    sample_rate: float
+    expected_batch_size: float
+    max_grad_norm: float
+    noise_multiplier: float
+    part_fractions: Mapping[str, float]
+
+    def denominator(self, part: str) -> float:
+        return self.expected_batch_size * self.part_fractions.get(part, 1.0)
+
+
+def sample(records: Records, part: str, sample_rate: float, randomness: np.random.Generator) -> Batch:
+    """A Poisson draw of ``part``."""
+    rows = rows_of(records, part)
+    return Batch(part, rows[poisson_sample(len(rows), sample_rate, randomness)])

@@ -1,0 +1,115 @@
+"""The private door of one site: Opacus takes each record's gradient and clips it, `noise.release` noises the sum."""
+
+import warnings
+
+import numpy as np
+import torch
+from opacus import GradSampleModule
+from opacus.optimizers import DPOptimizer
+from opacus.validators import ModuleValidator
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from ..errors import NoGuarantee
+from ..events import Charge
+from ..noise import release
+from .door import ALL, Batch, DoorSettings, Loss, Meter, Records, check_theta, sample
+
+
+class OpacusDoor:
+    """Clipped, noised and metered gradients of one site's records (Abadi et al. 2016, Algorithm 1, lines 4 to 9).
+
+    Args:
+        model: the network. It is wrapped once; its parameters are overwritten at each query.
+        loss: per-record loss. A loss that couples records is refused (`NoGuarantee`).
+        records: the site's training records.
+        settings: the public constants.
+        randomness: the site's own generator; draws and noise come from it.
+
+    Guarantees:
+        Each answer is PoissonSampled(q, Gaussian(σ)) for one record added to or removed from the drawn part. A draw
+        without records is answered with noise. A record whose gradient is not finite counts as zero. The number of
+        records, drawn or held, changes nothing but the sum. The privacy of q and of the denominator rests on the
+        caller: they must be public.
+    """
+
+    def __init__(
+        self, *, model: nn.Module, loss: Loss, records: Records, settings: DoorSettings, randomness: np.random.Generator
+    ) -> None:
+        refuse_coupling_layers(model)
+        self._records, self._settings, self._randomness, self._loss = records, settings, randomness, loss
+        self._meter = Meter(settings.sample_rate, settings.noise_multiplier, records.split)
+        self._module = GradSampleModule(model, loss_reduction="sum")
+        self._parameters = list(self._module.parameters())
+        self._size = sum(parameter.numel() for parameter in self._parameters)
+        self._optimizer = DPOptimizer(
+            torch.optim.SGD(self._parameters, lr=0.0),
+            noise_multiplier=settings.noise_multiplier,
+            # float32 may round a clipped norm up: clip a hair below C, so that C is the sensitivity.
+            max_grad_norm=settings.max_grad_norm * (1 - 1e-6),
+            expected_batch_size=None,
+            loss_reduction="sum",
+        )
+        self._refuse_coupled_loss()
+
+    def draw(self, part: str = ALL) -> Batch:
+        return sample(self._records, part, self._settings.sample_rate, self._randomness)
+
+    def gradient(self, theta: Tensor, batch: Batch) -> Tensor:
+        check_theta(theta, self._size)
+        vector_to_parameters(theta[0], self._parameters)
+        self._meter.query(batch)
+        clipped_sum = self._clipped_sum(self._records.inputs[batch._rows], self._records.targets[batch._rows])
+        return release(
+            clipped_sum,
+            noise_multiplier=self._settings.noise_multiplier,
+            max_grad_norm=self._settings.max_grad_norm,
+            expected_batch_size=self._settings.denominator(batch._part),
+            randomness=self._randomness,
+        ).unsqueeze(0)
+
+    @property
+    def charges(self) -> tuple[Charge, ...]:
+        return self._meter.charges
+
+    def _clipped_sum(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """float32[P]: Σ over records of g · min(1, C/‖g‖)."""
+        self._optimizer.zero_grad()
+        with warnings.catch_warnings():
+            # torch warns that inputs need no gradient; Opacus's hooks do not need them to.
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            torch.autograd.backward(self._loss(self._module(inputs), targets).sum())
+        finite = torch.stack([p.grad_sample.isfinite().flatten(1).all(1) for p in self._parameters]).all(0)
+        for parameter in self._parameters:
+            parameter.grad_sample[~finite] = 0.0
+        self._optimizer.clip_and_accumulate()
+        return torch.cat([parameter.summed_grad.flatten() for parameter in self._parameters])
+
+    def _refuse_coupled_loss(self) -> None:
+        """Probe g{a, b} = g{a} + g{b} on synthetic records, at parameters that are not all zero."""
+        probe = torch.Generator().manual_seed(0)  # no secret: synthetic inputs
+        shape = self._records.inputs.shape[1:]
+        pair = torch.randn(2, *shape, generator=probe)
+        targets = self._records.targets.new_tensor([0, 1])
+        before = parameters_to_vector(self._parameters).detach().clone()
+        vector_to_parameters(0.1 * torch.randn(self._size, generator=probe), self._parameters)
+        together = self._clipped_sum(pair, targets)
+        apart = self._clipped_sum(pair[:1], targets[:1]) + self._clipped_sum(pair[1:], targets[1:])
+        vector_to_parameters(before, self._parameters)
+        if not torch.allclose(together, apart, rtol=1e-4, atol=1e-5):
+            raise NoGuarantee(
+                "the loss or the model lets one record move another record's gradient, so clipping bounds nothing: "
+                "use a loss that is a sum over records and layers without batch statistics (GroupNorm, LayerNorm), "
+                "or privacy.unit = 'client' or 'none'"
+            )
+
+
+def refuse_coupling_layers(model: nn.Module) -> None:
+    """Raise `NoGuarantee` for layers that mix the records of a batch or that Opacus can not take apart."""
+    for name, module in model.named_modules():
+        # Opacus's validator lets a frozen or non-affine batch norm pass; its statistics still mix records.
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise NoGuarantee(f"layer {name!r} is {type(module).__name__}, which mixes records: use nn.GroupNorm")
+    problems = ModuleValidator.validate(model, strict=False)
+    if problems:
+        raise NoGuarantee(f"Opacus can not take per-record gradients of this model: {problems[0]}")

@@ -1,0 +1,60 @@
+"""The ``privfed`` command: its groups, its exit codes, its errors."""
+
+import sys
+from typing import Annotated
+
+import click
+import typer
+
+from . import run
+from .exits import BAD_USAGE, FAILED, exit_code
+
+app = typer.Typer(
+    name="privfed",
+    help="Federated learning that hospitals can sign: differential privacy, secure aggregation, a ledger.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("run")(run.command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from privfed import __version__
+
+        typer.echo(f"privfed {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; errors go to stderr with what to do next, and never as a traceback."""
+    try:
+        code = app(standalone_mode=False)
+    except click.exceptions.Abort:
+        code = _say("interrupted", 130)
+    except KeyboardInterrupt:
+        code = _say("interrupted; what was spent stands in the ledger", 130)
+    except click.ClickException as error:
+        code = _say(error.format_message(), BAD_USAGE)
+    except BrokenPipeError:
+        code = FAILED
+    except Exception as error:
+        known = exit_code(error)
+        if known is None:
+            raise
+        code = _say(str(error), known)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(message: str, code: int) -> int:
+    typer.echo(f"privfed: {message}", err=True)
+    return code

@@ -1,0 +1,187 @@
+"""What a run looks like: a live table on a terminal, plain lines in a pipe."""
+
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from privfed.api import Preparation, Run
+from privfed.federation import RoundReport, cohort_of
+from privfed.privacy.events import PrivacyUnit
+from privfed.summary import FigureSummary, Summary
+
+_VISIBLE_ROUNDS = 12
+
+
+class Display:
+    """Shows a run as it goes.
+
+    Args:
+        to_stderr: keep stdout for JSON.
+    """
+
+    def __init__(self, *, to_stderr: bool) -> None:
+        self._console = Console(stderr=to_stderr, highlight=False, soft_wrap=True)
+        self._rich = self._console.is_terminal
+        self._rows: list[tuple[str, ...]] = []
+        self._live: Live | None = None
+        self._progress = Progress(
+            TextColumn("rounds"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+            console=self._console,
+        )  # fmt: skip
+
+    def waiting(self, what: str) -> AbstractContextManager[object]:
+        """A spinner on a terminal, a line elsewhere."""
+        if self._rich:
+            return self._console.status(what + " …")
+        self._console.print(what + " …")
+        return nullcontext()
+
+    def start(self, ready: Preparation) -> None:
+        """Say what is about to run and what it promises."""
+        config, data = ready.config, ready.data
+        kind = "simulated: one table cut into sites, not real hospitals" if data.simulated else "real sites"
+        sizes = ", ".join(f"{name} {len(records)}" for name, records in list(data.sites.items())[:8])
+        more = f", … ({len(data.sites)} sites)" if len(data.sites) > 8 else ""
+        self._console.print(f"privfed run: {data.description} ({kind})")
+        self._console.print(f"  records      {sizes}{more}")
+        self._console.print(f"  method       {type(config.method).__struct_config__.tag}, {config.rounds} rounds")
+        self._console.print(f"  privacy      {_claim(ready)}")
+        if config.method.sends:
+            self._console.print(f"  aggregation  {_aggregation(ready)}")
+        if config.privacy.insecure_seed is not None:
+            self._console.print("  WARNING      privacy.insecure_seed: anyone can recompute the noise; ε is void")
+        self._steps = self._progress.add_task("rounds", total=config.rounds)
+        self._metric = config.evaluation.metric
+        self._delta = config.privacy.delta
+
+    def __enter__(self) -> "Display":
+        if self._rich:
+            self._live = Live(self._picture(), console=self._console, refresh_per_second=8, transient=False)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def round(self, report: RoundReport) -> None:
+        """Show one more round."""
+        loss, score, personal = (report.figures(name) for name in ("loss", "global_score", "personalized"))
+        row = (
+            str(report.round + 1),
+            f"{loss.mean:.4f}" if loss else "–",
+            f"{score.mean:.4f}" if score else "–",
+            f"{personal.mean:.4f}" if personal else "–",
+            f"{report.epsilon:.3f}" if report.epsilon is not None else "–",
+            f"{len(report.contributed)}/{len(report.invited)}",
+            _bytes(report.bytes_up),
+        )
+        self._rows.append(row)
+        self._progress.advance(self._steps)
+        if self._live is not None:
+            self._live.update(self._picture())
+        else:
+            names = ("round", "loss", "global", "personalized", "epsilon_max", "sites", "bytes_up")
+            self._console.print("  ".join(f"{name} {value}" for name, value in zip(names, row, strict=True)))
+        console = self._live.console if self._live is not None else self._console
+        for site, reason in report.refused.items():
+            console.print(f"  {site} refuses: {reason}")
+        if report.aborted:
+            console.print(f"  round {report.round + 1} released nothing: {report.aborted}")
+
+    def finish(self, result: Run) -> None:
+        """The summary and where everything is."""
+        summary = result.summary
+        self._console.print(_summary_table(summary))
+        self._console.print(_verdict(summary))
+        for site, reason in summary.refusals.items():
+            self._console.print(f"  {site}: {reason}")
+        self._console.print(f"run folder: {result.folder}")
+
+    def _picture(self) -> Group:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for heading in ("round", "loss", f"global {self._metric}", f"personalized {self._metric}"):
+            table.add_column(heading, justify="right")
+        table.add_column(f"ε max (δ={self._delta:g})", justify="right")
+        table.add_column("sites", justify="right")
+        table.add_column("up per site", justify="right")
+        for row in self._rows[-_VISIBLE_ROUNDS:]:
+            table.add_row(*row)
+        return Group(table, self._progress)
+
+
+def _claim(ready: Preparation) -> str:
+    privacy = ready.config.privacy
+    if not ready.config.method.sends:
+        return "nothing leaves a site, so the others learn nothing"
+    if privacy.unit is PrivacyUnit.NONE:
+        return "none: this run makes no differential-privacy claim"
+    goal = (
+        f"target ε = {privacy.target_epsilon:g}"
+        if privacy.noise_multiplier is None and privacy.target_epsilon is not None
+        else "fixed noise"
+    )
+    return (
+        f"{privacy.unit.value} unit, {privacy.noise.value} noise, {goal} at δ = {privacy.delta:g} "
+        f"(σ/C = {ready.noise_multiplier:.4g}, Poisson rate {privacy.sample_rate:g})"
+    )
+
+
+def _aggregation(ready: Preparation) -> str:
+    config, n = ready.config, len(ready.data.sites)
+    cohort = cohort_of(config, n)
+    if config.aggregation.kind == "plain":
+        return "plain: the server sees every update"
+    spare = cohort.tolerated_dropouts
+    dropouts = f"tolerates {spare} dropout{'s' if spare != 1 else ''} a round" if spare else "tolerates no dropout"
+    return (
+        f"masked (secagg/1): the server sees the sum of at least {n - spare} of {n}; "
+        f"threshold {cohort.threshold}, {dropouts}"
+    )
+
+
+def _summary_table(summary: Summary) -> Table:
+    table = Table(title=None, header_style="bold", box=None, pad_edge=False)
+    table.add_column(summary.utility.metric)
+    for heading in ("mean over sites", "worst decile", "sd"):
+        table.add_column(heading, justify="right")
+    rows: tuple[tuple[str, FigureSummary], ...] = (
+        ("global model", summary.utility.global_),
+        ("personalized", summary.utility.personalized),
+        ("local only, not private", summary.utility.local_only),
+    )
+    for name, figure in rows:
+        table.add_row(
+            name, *(f"{v:.4f}" if v is not None else "–" for v in (figure.mean, figure.worst_decile, figure.sd))
+        )
+    return table
+
+
+def _verdict(summary: Summary) -> str:
+    privacy, hurt = summary.privacy, summary.utility.fraction_hurt
+    lines = [f"({summary.utility.status}: these figures are the sites' own and were not noised)"]
+    if hurt is not None:
+        lines.append(f"{hurt:.0%} of sites have a personalized model worse than their own local-only one")
+    if privacy.epsilon.max is not None:
+        void = " VOID: the noise seed is known" if privacy.insecure_seed else ""
+        lines.append(
+            f"ε = {privacy.epsilon.max:.4g} at δ = {privacy.delta:g}, {privacy.unit} unit, against whoever sees all that "
+            f"leaves a site ({privacy.noise} noise, {privacy.sampling}, {privacy.accountant} accountant){void}"
+        )
+    if not summary.complete:
+        lines.append(f"INCOMPLETE: {summary.rounds} of {summary.rounds_planned} rounds")
+    return "\n".join(lines)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

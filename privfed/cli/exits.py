@@ -1,0 +1,21 @@
+"""Exit codes: 0 done, 1 it failed, 2 bad usage or configuration, 3 budgets or refusals, 4 a verification failed."""
+
+FAILED, BAD_USAGE, INCOMPLETE, NOT_VERIFIED = 1, 2, 3, 4
+
+
+def exit_code(error: Exception) -> int | None:
+    """The code of an error that the toolkit raises on purpose; None for a defect, which deserves its traceback."""
+    from privfed.crypto.errors import AggregationError
+    from privfed.errors import ConfigError, PrivfedError, RunFolderError, RunIncomplete
+    from privfed.privacy.errors import BudgetExhausted, LedgerCorrupt, NoGuarantee, PrivacyError
+
+    match error:
+        case LedgerCorrupt():
+            return NOT_VERIFIED
+        case BudgetExhausted() | RunIncomplete():
+            return INCOMPLETE
+        case ConfigError() | NoGuarantee() | RunFolderError():
+            return BAD_USAGE
+        case PrivfedError() | PrivacyError() | AggregationError() | OSError():
+            return FAILED
+    return None

@@ -1,0 +1,160 @@
+"""What a user types: one frozen tree of settings, read strictly from TOML.
+
+Every key has its type, its range and one sentence in its annotation; the error messages and
+``privfed run --print-config`` are made from these.
+"""
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from privfed.privacy.events import NoiseSite, PrivacyUnit
+
+from .data.sources import BreastCancer
+from .methods import FedAvg, Fomaml, Local, Reptile
+
+
+class Section(msgspec.Struct, frozen=True):
+    """A table of the configuration file."""
+
+
+class Model(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """[model]"""
+
+    hidden: Annotated[
+        tuple[Annotated[int, Meta(ge=1, le=65536)], ...],
+        Meta(description="widths of the hidden layers; [] is logistic regression"),
+    ] = ()
+
+
+class Privacy(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """[privacy]"""
+
+    unit: Annotated[PrivacyUnit, Meta(description="whose participation is hidden: record, or none (no claim)")] = (
+        PrivacyUnit.RECORD
+    )
+    noise: Annotated[NoiseSite, Meta(description="who adds the noise: local, each site enough for itself")] = (
+        NoiseSite.LOCAL
+    )
+    target_epsilon: Annotated[
+        Annotated[float, Meta(gt=0, le=1000)] | None,
+        Meta(description="each site's budget; calibrates the noise unless noise_multiplier is given"),
+    ] = 4.0
+    noise_multiplier: Annotated[
+        Annotated[float, Meta(gt=0, le=1e6)] | None,
+        Meta(description="noise standard deviation / max_grad_norm, instead of a calibrated one"),
+    ] = None
+    delta: Annotated[float, Meta(gt=0, lt=1, description="δ; far below 1 / number of records of a site")] = 1e-5
+    max_grad_norm: Annotated[float, Meta(gt=0, le=1e6, description="C, the largest L2 norm of a record's gradient")] = (
+        1.0
+    )
+    sample_rate: Annotated[float, Meta(gt=0, le=1, description="q, public: the chance of a record to be drawn")] = 0.5
+    expected_batch_size: Annotated[
+        float, Meta(gt=0, le=1e9, description="public denominator of a mean gradient; never computed from the data")
+    ] = 40.0
+    insecure_seed: Annotated[
+        Annotated[int, Meta(ge=0, le=2**63 - 1)] | None,
+        Meta(description="noise anyone can recompute, for reproducing a study; voids the privacy claim"),
+    ] = None
+
+
+class Aggregation(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """[aggregation]"""
+
+    kind: Annotated[
+        str, Meta(pattern="^(masked|plain)$", description='"masked" (the server sees the sum), "plain"')
+    ] = "masked"
+    threshold: Annotated[
+        Annotated[int, Meta(ge=2, le=511)] | None,
+        Meta(description="shares needed to recover a dropout; default 2n/3 + 1, at most n − 1 from four sites up"),
+    ] = None
+    minimum_cohort: Annotated[
+        Annotated[int, Meta(ge=2, le=100_000)] | None,
+        Meta(description="fewest sites whose sum may be released; default max(3, threshold)"),
+    ] = None
+    colluders: Annotated[
+        Annotated[int, Meta(ge=0, le=100_000)] | None,
+        Meta(description="sites that may collude with the server; default 2 threshold − sites − 1"),
+    ] = None
+    fraction_bits: Annotated[
+        int, Meta(ge=0, le=24, description="binary digits after the point of an uploaded value")
+    ] = 16
+    limit: Annotated[float, Meta(gt=0, le=1e6, description="uploaded values saturate at ± this magnitude")] = 16.0
+
+
+class Evaluation(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """[evaluation]"""
+
+    metric: Annotated[str, Meta(pattern="^(accuracy|auroc)$", description='"accuracy" or "auroc"')] = "accuracy"
+    test_fraction: Annotated[
+        float,
+        Meta(gt=0, lt=1, description="share of every site's records kept for testing, by a keyed hash of their id"),
+    ] = 0.25
+    every: Annotated[
+        int, Meta(ge=1, le=100_000, description="rounds between two evaluations; the last is always one")
+    ] = 1
+    local_steps: Annotated[int, Meta(ge=1, le=100_000, description="steps of the local-only baseline")] = 200
+    local_lr: Annotated[float, Meta(gt=0, le=1e3, description="its learning rate")] = 0.5
+
+
+class Outage(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """[[simulation.outages]]: a site whose answer to one step is lost."""
+
+    round: Annotated[int, Meta(ge=0, description="round, from 0")]
+    site: Annotated[str, Meta(min_length=1, description="name of the site")]
+    step: Annotated[
+        str,
+        Meta(
+            pattern="^(advertise|share|mask|consistency|unmask|evaluate)$",
+            description="advertise, share, mask, consistency, unmask or evaluate",
+        ),
+    ] = "advertise"
+
+
+class Simulation(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """[simulation]"""
+
+    dropout: Annotated[float, Meta(ge=0, lt=1, description="chance that a site vanishes during a round")] = 0.0
+    outages: Annotated[tuple[Outage, ...], Meta(description="outages on schedule")] = ()
+    deadline_seconds: Annotated[float, Meta(gt=0, le=86400, description="how long the server waits in each step")] = (
+        600.0
+    )
+    threads: Annotated[int, Meta(ge=1, le=1024, description="torch threads")] = 1
+
+
+class Policy(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """[policy]: what every site demands, whatever the run asks for. In a deployment each site has its own file."""
+
+    max_epsilon: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="largest ε a site ever spends on its records; default privacy.target_epsilon"),
+    ] = None
+    max_delta: Annotated[float, Meta(gt=0, lt=1, description="largest δ a site accepts")] = 1e-3
+    minimum_cohort: Annotated[int, Meta(ge=1, description="fewest sites in a released sum that a site joins")] = 2
+    require_privacy: Annotated[bool, Meta(description="refuse runs without a differential-privacy claim")] = False
+    require_secure_aggregation: Annotated[bool, Meta(description="refuse plain aggregation")] = False
+
+
+Data = BreastCancer
+Method = FedAvg | Reptile | Fomaml | Local
+
+
+class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A run. Every key has a default; the defaults are the main job on the embedded data."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$", description="names the run's folder")] = (
+        "breast-cancer"
+    )
+    rounds: Annotated[int, Meta(ge=1, le=100_000, description="rounds of federated learning")] = 20
+    seed: Annotated[
+        int, Meta(ge=0, le=2**63 - 1, description="public seed: start model, simulated partition, train/test split")
+    ] = 0
+    data: Data = msgspec.field(default_factory=BreastCancer)
+    model: Model = msgspec.field(default_factory=Model)
+    method: Method = msgspec.field(default_factory=Reptile)
+    privacy: Privacy = msgspec.field(default_factory=Privacy)
+    aggregation: Aggregation = msgspec.field(default_factory=Aggregation)
+    evaluation: Evaluation = msgspec.field(default_factory=Evaluation)
+    simulation: Simulation = msgspec.field(default_factory=Simulation)
+    policy: Policy = msgspec.field(default_factory=Policy)

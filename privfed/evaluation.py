@@ -1,0 +1,68 @@
+"""Figures of merit: at a site, on its own test records; over the sites, mean, worst decile and who was hurt."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .parameters import load_vector
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, theta: Tensor, inputs: Tensor) -> Tensor:
+    """float32[n, classes]: the model's outputs at parameters float32[P]."""
+    load_vector(model, theta)
+    outputs: Tensor = model(inputs)
+    return outputs
+
+
+def score(outputs: Tensor, targets: Tensor, metric: str) -> float | None:
+    """Accuracy or AUROC of outputs float32[n, classes]; None where there is nothing to measure.
+
+    AUROC is of class 1 against the rest; it is undefined on records of one class.
+    """
+    if len(targets) == 0:
+        return None
+    if metric == "accuracy":
+        return float((outputs.argmax(1) == targets).double().mean())
+    positive = (targets == 1).numpy()
+    if positive.all() or not positive.any():
+        return None
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(positive, (outputs[:, 1] - outputs[:, 0]).numpy()))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One figure over the sites, every site counting once.
+
+    Attributes:
+        mean: unweighted mean over sites.
+        worst_decile: mean of the lowest tenth of the sites (at least one).
+        sd: standard deviation over sites.
+    """
+
+    mean: float
+    worst_decile: float
+    sd: float
+
+
+def spread(values: Sequence[float | None]) -> Spread | None:
+    """The spread of the sites that have a value; None when none has."""
+    defined = sorted(value for value in values if value is not None and math.isfinite(value))
+    if not defined:
+        return None
+    worst = defined[: max(1, round(len(defined) / 10))]
+    return Spread(mean=float(np.mean(defined)), worst_decile=float(np.mean(worst)), sd=float(np.std(defined)))
+
+
+def fraction_hurt(ours: Mapping[str, float | None], theirs: Mapping[str, float | None]) -> float | None:
+    """Share of sites whose figure is below what they would have had; None when no site has both."""
+    pairs = [(mine, theirs[site]) for site, mine in ours.items() if mine is not None and theirs.get(site) is not None]
+    if not pairs:
+        return None
+    return sum(mine < other for mine, other in pairs if other is not None) / len(pairs)

@@ -1,0 +1,294 @@
+"""The round loop: broadcast, learn, aggregate, account, evaluate."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from privfed.crypto.aggregation import (
+    AggregationResult,
+    AggregationServer,
+    default_colluders,
+    default_minimum_cohort,
+    default_threshold,
+    run_round,
+)
+from privfed.crypto.errors import AggregationError, FaultyDealer, RemoteProtocolError
+from privfed.crypto.masking.server import MaskedServer
+from privfed.crypto.plain import PlainServer
+from privfed.crypto.roster import Roster
+
+from . import wire
+from .config import Config
+from .engines.local import Engine
+from .errors import ConfigError
+from .evaluation import Spread, fraction_hurt, spread
+from .methods import State
+from .parameters import encode
+from .site import grid_of, session_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The numbers of one round's aggregation, from the configuration and the number of sites invited."""
+
+    size: int
+    threshold: int
+    minimum_cohort: int
+    colluders: int
+
+    @property
+    def tolerated_dropouts(self) -> int:
+        return self.size - max(self.threshold, self.minimum_cohort)
+
+
+def cohort_of(config: Config, n: int) -> Cohort:
+    """The cohort's numbers for ``n`` sites.
+
+    Raises:
+        ConfigError: a configured number does not fit ``n`` sites.
+    """
+    settings = config.aggregation
+    masked = settings.kind == "masked"
+    if masked and n < 3:
+        raise ConfigError(
+            f"masked aggregation needs at least 3 sites, there are {n}: the sum of two tells each the other's update. "
+            "Use more sites, or aggregation.kind = 'plain' if the server may see every update"
+        )
+    threshold = settings.threshold or (default_threshold(n) if masked else 1)
+    minimum = settings.minimum_cohort or (default_minimum_cohort(threshold) if masked else 1)
+    colluders = settings.colluders
+    if colluders is None:
+        colluders = default_colluders(n, threshold) if masked else 0
+    if threshold > n:
+        raise ConfigError(
+            f"aggregation.threshold = {threshold} is above the cohort of {n} sites: at most {n} shares exist; "
+            f"lower it (default {default_threshold(n)})"
+        )
+    if minimum > n:
+        raise ConfigError(f"aggregation.minimum_cohort = {minimum} is above the cohort of {n} sites: lower it")
+    if masked and 2 * threshold <= n + colluders:
+        raise ConfigError(
+            f"aggregation.threshold = {threshold} is too small for {n} sites and {colluders} colluders: a server could "
+            f"unmask two views of one round; use at least {(n + colluders) // 2 + 1}"
+        )
+    return Cohort(n, threshold, minimum, colluders)
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What one round did.
+
+    Attributes:
+        round: its number, from 0.
+        invited, contributed: names of sites.
+        dropped: step → sites that did not answer it.
+        refused: site → reason.
+        aborted: why no sum was released; None when one was.
+        bytes_up: aggregation bytes each contributing site sent, mean.
+        measurements: what the sites measured on the new model; empty when this round was not evaluated.
+        seconds: wall clock.
+    """
+
+    round: int
+    invited: tuple[str, ...]
+    contributed: tuple[str, ...]
+    dropped: Mapping[str, tuple[str, ...]]
+    refused: Mapping[str, str]
+    aborted: str | None
+    bytes_up: float
+    measurements: Mapping[str, wire.Measurement]
+    seconds: float
+
+    def figures(self, name: str) -> Spread | None:
+        """The spread over sites of ``loss``, ``global_score``, ``personalized`` or ``local_only``."""
+        return spread([getattr(measured, name) for measured in self.measurements.values()])
+
+    @property
+    def epsilon(self) -> float | None:
+        """The largest ε of any site, all its runs together."""
+        spent = [m.epsilon for m in self.measurements.values() if m.epsilon is not None]
+        return max(spent, default=None)
+
+    def hurt(self, versus: str) -> float | None:
+        """Share of sites whose personalised figure is below their ``local_only`` or ``global_score``."""
+        ours = {site: measured.personalized for site, measured in self.measurements.items()}
+        return fraction_hurt(ours, {site: getattr(m, versus) for site, m in self.measurements.items()})
+
+
+@dataclass
+class _Tally:
+    """What the exchanges of one round brought up."""
+
+    bytes_up: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+class Federation:
+    """The coordinator of one run: it sees sums, refusals and figures, never a record or (when masked) an update.
+
+    Args:
+        config: the run's configuration.
+        run: its id.
+        roster: the sites, by index.
+        engine: carries bytes to them by name.
+        noise_multiplier: σ/C, calibrated or given; 0 without a claim.
+        state: the server's state to start from.
+        first_round: 0, or where an interrupted run goes on.
+        clock: monotonic seconds, for the report alone.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        run: str,
+        roster: Roster,
+        engine: Engine,
+        noise_multiplier: float,
+        state: State,
+        first_round: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config, self.run, self.state, self.next_round = config, run, state, first_round
+        self._roster, self._engine, self._noise_multiplier, self._clock = roster, engine, noise_multiplier, clock
+        self._names = {index: member.name for index, member in enumerate(roster.members)}
+        self.retired: dict[str, str] = {}
+        cohort_of(config, len(self._names))
+
+    def rounds(self) -> Iterator[RoundReport]:
+        """Run the rounds one by one, until all are done or too few sites are left. The state is current at each."""
+        while self.next_round < self.config.rounds:
+            active = tuple(index for index, name in self._names.items() if name not in self.retired)
+            try:
+                cohort = cohort_of(self.config, len(active))
+            except ConfigError as error:
+                logger.warning("the run ends at round %d: %s", self.next_round, error)
+                return
+            yield self._round(self.next_round, active, cohort)
+
+    def _round(self, number: int, active: tuple[int, ...], cohort: Cohort) -> RoundReport:
+        started = self._clock()
+        plan = wire.encode_plan(
+            wire.RoundPlan(
+                run=self.run,
+                round=number,
+                attempt=0,
+                cohort=active,
+                threshold=cohort.threshold,
+                minimum_cohort=cohort.minimum_cohort,
+                colluders=cohort.colluders,
+                noise_multiplier=self._noise_multiplier,
+                config=self.config,
+                roster_version=self._roster.version,
+            )
+        )
+        tally = _Tally()
+        result: AggregationResult | None = None
+        aborted: str | None = None
+        if self.config.method.sends:
+            try:
+                result = self._aggregate(plan, number, tally)
+            except AggregationError as error:
+                aborted = str(error)
+                if isinstance(error, FaultyDealer):
+                    for index, by in error.accusers.items():
+                        if not by:  # proved by the dealer's own signature; a bare complaint proves nothing
+                            self.retired[self._names[index]] = "dealt shares that its own commitments disprove"
+        if result is not None:
+            self._serve(result, number)
+        self.next_round = number + 1
+        last = self.next_round == self.config.rounds
+        measurements: dict[str, wire.Measurement] = {}
+        if last or self.next_round % self.config.evaluation.every == 0:
+            measurements = self._evaluate(plan, number, active, tally)
+        contributors = result.contributors if result else ()
+        names = tuple(self._names[index] for index in contributors)
+        return RoundReport(
+            round=number,
+            invited=tuple(self._names[index] for index in active),
+            contributed=names,
+            dropped={
+                phase: tuple(self._names[index] for index in gone)
+                for phase, gone in (result.dropped if result else {}).items()
+                if gone
+            },
+            refused=dict(tally.refused),
+            aborted=aborted,
+            bytes_up=math.fsum(tally.bytes_up.get(name, 0) for name in names) / len(names) if names else 0.0,
+            measurements=measurements,
+            seconds=self._clock() - started,
+        )
+
+    def _aggregate(self, plan_bytes: bytes, number: int, tally: _Tally) -> AggregationResult:
+        """The integer sum of one attempt, over the engine."""
+        plan, state = wire.decode_plan(plan_bytes), encode(self.state)
+        session = session_of(plan, wire.context(plan_bytes, state), len(self.state["theta"]))
+        server: AggregationServer
+        if self.config.aggregation.kind == "plain":
+            server = PlainServer(session=session)
+        else:
+            server = MaskedServer(session=session, roster=self._roster)
+        opening = True
+
+        def exchange(requests: dict[int, bytes]) -> dict[int, bytes]:
+            nonlocal opening
+            messages: dict[int, wire.Request] = {
+                index: wire.Begin(number, server.phase, plan_bytes, state, payload)
+                if opening
+                else wire.Step(number, server.phase, payload)
+                for index, payload in requests.items()
+            }
+            opening = False
+            answers = self._ask(messages, tally)
+            payloads = {index: reply.payload for index, reply in answers.items() if isinstance(reply, wire.Answer)}
+            for index, payload in payloads.items():
+                name = self._names[index]
+                tally.bytes_up[name] = tally.bytes_up.get(name, 0) + len(payload)
+            return payloads
+
+        def on_bad(index: int, error: RemoteProtocolError) -> None:
+            tally.refused[self._names[index]] = f"sent an invalid message: {error}"
+
+        return run_round(server, exchange, on_bad)
+
+    def _serve(self, result: AggregationResult, number: int) -> None:
+        mean = grid_of(self.config).decode(result.total, summands=len(result.contributors))
+        progress = number / self.config.rounds
+        self.state = self.config.method.serve(self.state, torch.from_numpy(mean).float(), progress)
+
+    def _evaluate(
+        self, plan: bytes, number: int, active: tuple[int, ...], tally: _Tally
+    ) -> dict[str, wire.Measurement]:
+        # Sites that gave up contributing still measure: they get the model like the others.
+        state = encode(self.state)
+        replies = self._ask({index: wire.Evaluate(number, "evaluate", plan, state) for index in active}, tally)
+        return {self._names[index]: reply for index, reply in replies.items() if isinstance(reply, wire.Measurement)}
+
+    def _ask(self, messages: Mapping[int, wire.Request], tally: _Tally) -> dict[int, wire.Reply]:
+        """The sites' replies, by index. A refusal is noted; a reply that is none of ours counts as no reply."""
+        requests = {self._names[index]: wire.encode(message) for index, message in messages.items()}
+        raw = self._engine.exchange(requests, self.config.simulation.deadline_seconds)
+        replies: dict[int, wire.Reply] = {}
+        for index in messages:
+            name = self._names[index]
+            if name not in raw:
+                continue
+            try:
+                reply = wire.decode_reply(raw[name])
+            except wire.WireError as error:
+                tally.refused[name] = str(error)
+                continue
+            if isinstance(reply, wire.Refusal):
+                tally.refused[name] = reply.reason
+                if reply.final:
+                    self.retired[name] = reply.reason
+                logger.warning("%s refuses: %s", name, reply.reason)
+            else:
+                replies[index] = reply
+        return replies

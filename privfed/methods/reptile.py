@@ -1,0 +1,58 @@
+"""Reptile: a start from which few steps lead to each site's own model."""
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
+
+import msgspec
+from msgspec import Meta
+from torch import Tensor
+
+from privfed.privacy.events import NoiseSite, PrivacyUnit
+from privfed.privacy.oracle.door import ALL, Door
+
+from .method import Queries, Rate, State, Steps, descend, record_level_local
+
+
+class Reptile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="name", tag="reptile"):
+    """Nichol, Achiam and Schulman 2018, Algorithm 2 (batched): θ_k ← τ steps from w; w ← w + ε · mean(θ_k − w).
+
+    The outer rate ε falls linearly from ``outer_lr`` to 0 over the run, as in the paper's experiments.
+
+    Guarantees:
+        Record unit, local noise: P(q, σ) × inner_steps a participation: θ_k − w is post-processing of the door's
+        answers (Li et al. 2020, "Differentially private meta-learning", Section 3).
+    """
+
+    inner_steps: Annotated[Steps, Meta(description="τ, gradient steps a round at a site")] = 2
+    inner_lr: Annotated[Rate, Meta(description="learning rate of these steps")] = 4.0
+    outer_lr: Annotated[Rate, Meta(description="ε, the server's step towards the sites' mean; falls linearly to 0")] = (
+        1.0
+    )
+    personal_steps: Annotated[Steps, Meta(description="adaptation steps, never leaving the site")] = 20
+    personal_lr: Annotated[Rate, Meta(description="learning rate of the adaptation")] = 0.05
+
+    sends: ClassVar[bool] = True
+    parts: ClassVar[Mapping[str, float]] = {}
+
+    def queries(self) -> tuple[Queries, ...]:
+        return (Queries(ALL, self.inner_steps),)
+
+    def guarantee(self, unit: PrivacyUnit, noise: NoiseSite) -> str | None:
+        return record_level_local(unit, noise)
+
+    def init_server(self, theta: Tensor) -> State:
+        return {"theta": theta}
+
+    def init_site(self, theta: Tensor) -> State:
+        return {}
+
+    def contribute(self, broadcast: State, door: Door) -> Tensor:
+        start = broadcast["theta"].unsqueeze(0)
+        return descend(start, door, steps=self.inner_steps, lr=self.inner_lr) - start
+
+    def personalize(self, broadcast: State, private: State, local_door: Door) -> State:
+        start = broadcast["theta"].unsqueeze(0)
+        return {"theta": descend(start, local_door, steps=self.personal_steps, lr=self.personal_lr)[0]}
+
+    def serve(self, state: State, mean_update: Tensor, progress: float) -> State:
+        return {"theta": state["theta"] + self.outer_lr * (1.0 - progress) * mean_update}

@@ -1,0 +1,44 @@
+"""Models as flat vectors."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, save, save_file
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+
+def to_vector(model: nn.Module) -> Tensor:
+    """float32[P]: a copy of the model's parameters, in the order of ``model.parameters()``."""
+    return parameters_to_vector(model.parameters()).detach().clone()
+
+
+def load_vector(model: nn.Module, vector: Tensor) -> None:
+    """Write float32[P] into the model's parameters."""
+    vector_to_parameters(vector, model.parameters())
+
+
+def encode(state: Mapping[str, Tensor]) -> bytes:
+    """Named tensors as safetensors bytes: what a site receives. Deterministic for equal tensors."""
+    return save({name: tensor.contiguous() for name, tensor in sorted(state.items())})
+
+
+def decode(data: bytes) -> dict[str, Tensor]:
+    """Named tensors from safetensors bytes. The format holds numbers alone: nothing in it can run.
+
+    Raises:
+        ValueError: the bytes are not safetensors, or hold a number that is not finite.
+    """
+    try:
+        state = load(data)
+    except Exception as error:  # safetensors raises its own SafetensorError and plain ones
+        raise ValueError(f"not a safetensors message: {type(error).__name__}") from None
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
+        raise ValueError("the model holds numbers that are not finite")
+    return state
+
+
+def save_model(path: Path, model: nn.Module, metadata: Mapping[str, str]) -> None:
+    """The model's parameters by name, with string metadata, as a safetensors file."""
+    save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, path, metadata=dict(metadata))

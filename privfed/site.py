@@ -1,0 +1,374 @@
+"""One hospital: what it does with one message.
+
+Engines call `Site.handle` with bytes and carry back the bytes it returns. Everything a site promises happens here or
+below: its policy and its budget are checked before anything is learned, records are reached only through the door, and
+the ledger has the spend on disk before the vector that it paid for exists in any message.
+"""
+
+import logging
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from privfed.crypto.aggregation import AggregationClient, Session
+from privfed.crypto.errors import AggregationError
+from privfed.crypto.journal import Journal
+from privfed.crypto.masking.client import MaskedClient
+from privfed.crypto.packing import IntVector
+from privfed.crypto.plain import PlainClient
+from privfed.crypto.roster import Identity, Roster
+from privfed.privacy import noise
+from privfed.privacy.accountant import Accountant
+from privfed.privacy.budget import Budget
+from privfed.privacy.discretize import FixedPoint
+from privfed.privacy.errors import BudgetExhausted, NoGuarantee, PrivacyError
+from privfed.privacy.events import Charge, PrivacyUnit
+from privfed.privacy.ledger import Entry, Ledger
+from privfed.privacy.oracle.door import ALL, Door, DoorSettings, Records, charge, group
+from privfed.privacy.oracle.opacus import OpacusDoor
+from privfed.privacy.oracle.plain import PlainDoor
+
+from . import evaluation, parameters, wire
+from .config import Config, Policy
+from .data.records import SiteData, keyed_fraction
+from .errors import PrivfedError
+from .methods import Local, State
+from .models import classification_loss, mlp
+from .policy import PolicyRefusal, check_policy
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Schema:
+    """What is public about every site's table."""
+
+    features: int
+    classes: int
+
+
+def build_model(config: Config, schema: Schema) -> nn.Module:
+    """The run's network at its public start parameters."""
+    return mlp(schema.features, config.model.hidden, schema.classes, seed=config.seed)
+
+
+def session_of(plan: wire.RoundPlan, context: bytes, dim: int) -> Session:
+    """The aggregation session that a party derives from the plan and model it holds."""
+    return Session(
+        run=plan.run,
+        round=plan.round,
+        attempt=plan.attempt,
+        cohort=plan.cohort,
+        dim=dim,
+        bound=grid_of(plan.config).bound,
+        threshold=plan.threshold,
+        minimum_cohort=plan.minimum_cohort,
+        colluders=plan.colluders,
+        context=context,
+    )
+
+
+def grid_of(config: Config) -> FixedPoint:
+    """The integer grid that every site of the run encodes to."""
+    return FixedPoint(fraction_bits=config.aggregation.fraction_bits, limit=config.aggregation.limit)
+
+
+def split_id(config: Config) -> str:
+    """Names the keyed-hash split of a run's training records, for the ledger."""
+    return f"hash-{config.seed}"
+
+
+def planned_charges(config: Config, noise_multiplier: float, participations: int = 1) -> tuple[Charge, ...]:
+    """What ``participations`` rounds of the run will cost one site, known before any record is touched."""
+    if config.privacy.unit is PrivacyUnit.NONE:
+        return ()
+    return tuple(
+        charge(
+            group(split_id(config), queries.part),
+            config.privacy.sample_rate,
+            noise_multiplier,
+            queries.count * participations,
+        )
+        for queries in config.method.queries()
+    )
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A site's records by purpose."""
+
+    train: SiteData = field(repr=False)
+    test: SiteData = field(repr=False)
+    parts: dict[str, Tensor] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class _Round:
+    """An attempt in progress."""
+
+    round: int
+    client: AggregationClient
+
+
+class Site:
+    """A site's side of every round.
+
+    Args:
+        identity: its private keys; their public side stands in ``roster``.
+        roster: the roster this site has accepted.
+        data: its records.
+        schema: what is public about every site's table.
+        ledger: where its spends are written. It may hold the chains of other simulated sites too.
+        journal: the aggregation's durable memory.
+        fingerprint_key: bytes[32]; the ledger names the data set by a keyed hash under it.
+        noise_key: bytes[32]; every random number of a release derives from it and from what the release is bound to,
+            so that a round replayed after a crash is the same release, and any other round has independent noise.
+        policy: what this site demands, whatever a plan says.
+        insecure: ``noise_key`` comes from a fixed seed that others know.
+        accountant: shared among simulated sites for its cache.
+
+    Guarantees:
+        What leaves is an aggregation message, a refusal, or evaluation figures. A refused plan touches no record. The
+        charge is durable before the update is given to the aggregation. A budget is never exceeded, over all runs on
+        the ledger. A configuration that changes in the middle of a run is refused.
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        roster: Roster,
+        data: SiteData,
+        schema: Schema,
+        ledger: Ledger,
+        journal: Journal,
+        fingerprint_key: bytes,
+        noise_key: bytes,
+        insecure: bool,
+        policy: Policy,
+        accountant: Accountant,
+    ) -> None:
+        self.name = identity.name
+        self._identity, self._roster = identity, roster
+        self._index = roster.index_of(identity.member.secagg_key)
+        self._data, self._schema = data, schema
+        self._dataset = data.fingerprint(fingerprint_key)
+        self._ledger, self._journal, self._accountant = ledger, journal, accountant
+        self._noise_key, self._insecure, self._policy = noise_key, insecure, policy
+        self._run: tuple[str, Config] | None = None
+        self._split: _Split | None = None
+        self._private: State | None = None
+        self._local_only: Tensor | None = None
+        self._current: _Round | None = None
+
+    def handle(self, request: bytes) -> bytes:
+        """The answer to one request. Never raises for what a peer sent: a refusal is an answer with its reason."""
+        try:
+            match wire.decode_request(request):
+                case wire.Begin() as begin:
+                    reply: wire.Reply = wire.Answer(self._begin(begin))
+                case wire.Step() as step:
+                    reply = wire.Answer(self._step(step))
+                case wire.Evaluate() as evaluate:
+                    reply = self._evaluate(evaluate)
+        except PolicyRefusal as error:
+            reply = wire.Refusal("policy", str(error), final=True)
+        except BudgetExhausted as error:
+            reply = wire.Refusal("budget", str(error), final=True)
+        except NoGuarantee as error:
+            reply = wire.Refusal("policy", str(error), final=True)
+        except (AggregationError, wire.WireError) as error:
+            reply = wire.Refusal("protocol", str(error), final=False)
+        except (PrivfedError, PrivacyError, ValueError) as error:
+            reply = wire.Refusal("error", str(error), final=False)
+        if isinstance(reply, wire.Refusal):
+            self._current = None
+            logger.info("%s refuses: %s", self.name, reply.reason)
+        return wire.encode(reply)
+
+    # One round
+
+    def _begin(self, message: wire.Begin) -> bytes:
+        plan, state = self._accept(message.plan, message.state)
+        config = plan.config
+        reason = config.method.guarantee(config.privacy.unit, config.privacy.noise)
+        if reason is not None:
+            raise NoGuarantee(reason)
+        prior = self._ledger.charges(self.name, self._dataset)
+        expected = planned_charges(config, plan.noise_multiplier)
+        self._budget(config).ensure(self._accountant, prior, expected, site=self.name)
+        context = wire.context(message.plan, message.state)
+        session = session_of(plan, context, len(state["theta"]))
+
+        def vector() -> IntVector:
+            return self._contribute(plan, state, context)
+
+        if config.aggregation.kind == "plain":
+            client: AggregationClient = PlainClient(
+                session=session, index=self._index, vector=vector, journal=self._journal
+            )
+        else:
+            client = MaskedClient(
+                session=session, identity=self._identity, roster=self._roster, vector=vector, journal=self._journal
+            )
+        self._current = _Round(plan.round, client)
+        return client.receive(message.opening)
+
+    def _step(self, message: wire.Step) -> bytes:
+        # Fail closed: without this round's state there is nothing that may be said, least of all an unmasked vector.
+        if self._current is None or self._current.round != message.round:
+            raise wire.WireError(f"{self.name} has no round {message.round} in progress")
+        return self._current.client.receive(message.payload)
+
+    def _contribute(self, plan: wire.RoundPlan, state: State, context: bytes) -> IntVector:
+        """int64[P]: the site's update, noised, charged and on the integer grid."""
+        config = plan.config
+        labels = (plan.run.encode(), plan.round.to_bytes(8, "big"), plan.attempt.to_bytes(8, "big"), context)
+        key = noise.derive_key(self._noise_key, b"round", bytes.fromhex(self._dataset), *labels)
+        door = self._door(plan, noise.generator(key))
+        update = config.method.contribute(state, door)
+        expected = planned_charges(config, plan.noise_multiplier)
+        if sorted(door.charges, key=repr) != sorted(expected, key=repr):
+            raise PrivacyError(
+                f"method {type(config.method).__name__} executed {door.charges}, declared {expected}: not released"
+            )
+        if door.charges:
+            entry = Entry(
+                site=self.name,
+                dataset=self._dataset,
+                run=plan.run,
+                round=plan.round,
+                attempt=plan.attempt,
+                unit=config.privacy.unit,
+                noise=config.privacy.noise,
+                charges=door.charges,
+                insecure_seed=self._insecure,
+                metadata={"context": context.hex()},
+            )
+            budget = self._budget(config)
+            self._ledger.charge(entry, lambda prior, new: budget.ensure(self._accountant, prior, new, site=self.name))
+        return grid_of(config).encode(update[0].numpy())
+
+    def _evaluate(self, message: wire.Evaluate) -> wire.Measurement:
+        plan, state = self._accept(message.plan, message.state)
+        self._current = None
+        config, split = plan.config, self._split_of(plan.config)
+        model = build_model(config, self._schema)
+        if self._private is None:
+            self._private = config.method.init_site(parameters.to_vector(model))
+        local_door = self._local_door(config)
+        self._private = config.method.personalize(state, self._private, local_door)
+        if self._local_only is None:
+            start = parameters.to_vector(model)
+            alone = Local(steps=config.evaluation.local_steps, lr=config.evaluation.local_lr)
+            self._local_only = alone.personalize(state, alone.init_site(start), local_door)["theta"]
+
+        def outputs(theta: Tensor) -> Tensor:
+            return evaluation.outputs_of(model, theta, split.test.inputs)
+
+        def figure(theta: Tensor) -> float | None:
+            return evaluation.score(outputs(theta), split.test.targets, config.evaluation.metric)
+
+        loss = classification_loss(outputs(state["theta"]), split.test.targets)
+        epsilon = None
+        if config.privacy.unit is not PrivacyUnit.NONE:
+            spent = self._ledger.charges(self.name, self._dataset)
+            epsilon = self._accountant.epsilon(spent, config.privacy.delta).value
+        return wire.Measurement(
+            records=len(split.test),
+            loss=float(loss.mean()) if len(loss) else None,
+            global_score=figure(state["theta"]),
+            personalized=figure(self._private["theta"]),
+            local_only=figure(self._local_only),
+            epsilon=epsilon,
+        )
+
+    # What a plan may ask for
+
+    def _accept(self, plan_bytes: bytes, state_bytes: bytes) -> tuple[wire.RoundPlan, State]:
+        """The plan and the model, if this site takes part in them at all."""
+        plan = wire.decode_plan(plan_bytes)
+        if self._run is None or self._run[0] != plan.run:
+            self._run, self._split, self._private, self._local_only = (plan.run, plan.config), None, None, None
+        if self._run[1] != plan.config:
+            raise PolicyRefusal("the configuration of a run must not change between its rounds")
+        if plan.roster_version != self._roster.version:
+            raise PolicyRefusal(
+                f"the plan is for roster version {plan.roster_version}, this site has accepted {self._roster.version}"
+            )
+        if self._index not in plan.cohort:
+            raise wire.WireError(f"{self.name} is not in the plan's cohort")
+        check_policy(plan, self._policy, insecure=self._insecure)
+        state = parameters.decode(state_bytes)
+        size = sum(p.numel() for p in build_model(plan.config, self._schema).parameters())
+        if "theta" not in state or tuple(state["theta"].shape) != (size,):
+            raise wire.WireError(f"the model must have {size} parameters for this site's table")
+        return plan, state
+
+    def _budget(self, config: Config) -> Budget:
+        limit = self._policy.max_epsilon or config.privacy.target_epsilon
+        return Budget(epsilon=float("inf") if limit is None else limit, delta=config.privacy.delta)
+
+    # The doors
+
+    def _split_of(self, config: Config) -> _Split:
+        if self._split is None:
+            data = self._data
+            test = keyed_fraction(data.ids, seed=config.seed, label="test") < config.evaluation.test_fraction
+            train = data.rows(~test)
+            where = keyed_fraction(train.ids, seed=config.seed, label="parts")
+            parts = {ALL: np.ones(len(train), dtype=bool)}
+            low = 0.0
+            for name, fraction in config.method.parts.items():
+                parts[name] = (where >= low) & (where < low + fraction)
+                low += fraction
+            rows = {name: _tensor_rows(mask) for name, mask in parts.items()}
+            self._split = _Split(train, data.rows(test), rows)
+        return self._split
+
+    def _records(self, config: Config) -> Records:
+        split = self._split_of(config)
+        return Records(split.train.inputs, split.train.targets, split.parts, split_id(config))
+
+    def _door(self, plan: wire.RoundPlan, randomness: np.random.Generator) -> Door:
+        """The door that the run's claim demands."""
+        config = plan.config
+        model = build_model(config, self._schema)
+        if config.privacy.unit is PrivacyUnit.NONE:
+            return PlainDoor(
+                model=model,
+                loss=classification_loss,
+                records=self._records(config),
+                sample_rate=config.privacy.sample_rate,
+                randomness=randomness,
+            )
+        settings = DoorSettings(
+            sample_rate=config.privacy.sample_rate,
+            expected_batch_size=config.privacy.expected_batch_size,
+            max_grad_norm=config.privacy.max_grad_norm,
+            noise_multiplier=plan.noise_multiplier,
+            part_fractions=config.method.parts,
+        )
+        return OpacusDoor(
+            model=model,
+            loss=classification_loss,
+            records=self._records(config),
+            settings=settings,
+            randomness=randomness,
+        )
+
+    def _local_door(self, config: Config) -> Door:
+        """Exact and full-batch, for models that never leave this site."""
+        return PlainDoor(
+            model=build_model(config, self._schema),
+            loss=classification_loss,
+            records=self._records(config),
+            sample_rate=1.0,
+            randomness=np.random.default_rng(0),
+        )
+
+
+def _tensor_rows(mask: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.flatnonzero(mask))

@@ -1,0 +1,147 @@
+"""What a coordinator and a site say to each other: typed, versioned bytes that any engine can carry."""
+
+import hashlib
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from . import __version__
+from .config import Config
+from .errors import PrivfedError
+
+PROTOCOL: Literal["privfed/1"] = "privfed/1"
+MAX_MESSAGE_BYTES = 1 << 30
+
+
+class WireError(PrivfedError):
+    """Bytes that are not a message of this protocol. Nothing was done."""
+
+
+class RoundPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything that one attempt at one round is bound to. Its exact bytes are part of the aggregation's session id.
+
+    Args:
+        config: the whole configuration of the run.
+        noise_multiplier: σ/C of this run; 0 for a run without a claim.
+        cohort: roster indices of the invited sites, increasing.
+    """
+
+    run: Annotated[str, Meta(min_length=1, max_length=200)]
+    round: Annotated[int, Meta(ge=0)]
+    attempt: Annotated[int, Meta(ge=0)]
+    cohort: tuple[int, ...]
+    threshold: Annotated[int, Meta(ge=1)]
+    minimum_cohort: Annotated[int, Meta(ge=1)]
+    colluders: Annotated[int, Meta(ge=0)]
+    noise_multiplier: Annotated[float, Meta(ge=0)]
+    config: Config
+    roster_version: int
+    protocol: Literal["privfed/1"] = PROTOCOL
+    code_version: str = __version__
+
+
+class Begin(msgspec.Struct, frozen=True, tag="begin"):
+    """The plan, the server's state, and the aggregation's first message."""
+
+    round: int
+    step: str
+    plan: bytes
+    state: bytes
+    opening: bytes
+
+
+class Step(msgspec.Struct, frozen=True, tag="step"):
+    """A further message of the aggregation."""
+
+    round: int
+    step: str
+    payload: bytes
+
+
+class Evaluate(msgspec.Struct, frozen=True, tag="evaluate"):
+    """The new state, to be measured. It says that the round is over."""
+
+    round: int
+    step: str
+    plan: bytes
+    state: bytes
+
+
+class Answer(msgspec.Struct, frozen=True, tag="answer"):
+    """The aggregation's answer."""
+
+    payload: bytes
+
+
+class Refusal(msgspec.Struct, frozen=True, tag="refusal"):
+    """A site will not, and says why. ``final`` means for the rest of the run."""
+
+    kind: Literal["policy", "budget", "protocol", "error"]
+    reason: str
+    final: bool
+
+
+class Measurement(msgspec.Struct, frozen=True, tag="measurement"):
+    """A site's figures on its own test records: internal, not differentially private.
+
+    Args:
+        records: test records.
+        loss: mean loss of the global model.
+        global_score, personalized, local_only: the configured metric; None where it is undefined.
+        epsilon: what the site's ledger says it has spent, all runs together; None without a claim.
+    """
+
+    records: int
+    loss: float | None
+    global_score: float | None
+    personalized: float | None
+    local_only: float | None
+    epsilon: float | None
+
+
+Request = Begin | Step | Evaluate
+Reply = Answer | Refusal | Measurement
+
+_T = TypeVar("_T")
+_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+_plans = msgspec.json.Decoder(RoundPlan)
+
+
+def encode(message: Request | Reply) -> bytes:
+    return msgspec.msgpack.encode(message)
+
+
+def encode_plan(plan: RoundPlan) -> bytes:
+    return msgspec.json.encode(plan)
+
+
+def decode_request(data: bytes) -> Request:
+    return _decoded(_requests, data)
+
+
+def decode_reply(data: bytes) -> Reply:
+    return _decoded(_replies, data)
+
+
+def decode_plan(data: bytes) -> RoundPlan:
+    """The plan in ``data``; a plan of another version of the protocol or the code is refused."""
+    plan = _decoded(_plans, data)
+    if plan.code_version != __version__:
+        raise WireError(f"the plan is of privfed {plan.code_version}, this site runs {__version__}: use one version")
+    return plan
+
+
+def context(plan: bytes, state: bytes) -> bytes:
+    """bytes[32]: what a party received. Parties that received different plans or models can not aggregate together."""
+    return hashlib.sha256(hashlib.sha256(plan).digest() + hashlib.sha256(state).digest()).digest()
+
+
+def _decoded(decoder: "msgspec.msgpack.Decoder[_T] | msgspec.json.Decoder[_T]", data: bytes) -> _T:
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise WireError(f"a message of {len(data)} bytes is above the limit of {MAX_MESSAGE_BYTES}")
+    try:
+        return decoder.decode(data)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise WireError(f"not a message of {PROTOCOL}: {type(error).__name__}") from None
