@@ -50,9 +50,8 @@ class Epsilon(msgspec.Struct, frozen=True):
         value: ε at `delta`, for neighbours by adding or removing one unit; infinite if some release had no noise.
         delta: the δ it holds at.
         accountant: the method that gave the smaller bound.
-        tolerance: how much ε still moved, relatively, at the last grid refinement; 1 if memory allowed only one grid
-            or none; 0 where there is no grid (RDP,
-            and unsampled Gaussians alone, whose privacy loss distribution is known in closed form).
+        tolerance: how much ε still moved, relatively, at the last grid refinement; 1 if memory allowed only one grid.
+            0 where there is none: RDP, and unsampled Gaussians alone, whose loss distribution has a closed form.
         per_group: ε of the records of each part of a split ("all" if nothing was split); `value` is their maximum.
     """
 
