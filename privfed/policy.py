@@ -23,19 +23,20 @@ def check_policy(plan: RoundPlan, policy: Policy, *, insecure: bool) -> None:
         PolicyRefusal: names the line of the policy and what the plan asked for.
     """
     config, n = plan.config, len(plan.cohort)
-    if plan.minimum_cohort < policy.minimum_cohort:
+    secure = config.aggregation.kind != "plain"
+    if secure and plan.minimum_cohort < policy.minimum_cohort:
         raise PolicyRefusal(
             f"policy.minimum_cohort = {policy.minimum_cohort}, the plan would release a sum of {plan.minimum_cohort}"
         )
     if policy.require_privacy and config.privacy.unit is PrivacyUnit.NONE:
         raise PolicyRefusal("policy.require_privacy = true, the plan has privacy.unit = 'none'")
-    if policy.require_secure_aggregation and config.aggregation.kind == "plain":
+    if policy.require_secure_aggregation and not secure:
         raise PolicyRefusal("policy.require_secure_aggregation = true, the plan has aggregation.kind = 'plain'")
     if config.privacy.delta > policy.max_delta:
         raise PolicyRefusal(f"policy.max_delta = {policy.max_delta:g}, the plan has delta = {config.privacy.delta:g}")
     if config.privacy.insecure_seed is not None and not insecure:
         raise PolicyRefusal("the plan has privacy.insecure_seed, but this site's noise comes from the system source")
-    if config.aggregation.kind == "masked" and 2 * plan.threshold <= n + plan.colluders:
+    if secure and 2 * plan.threshold <= n + plan.colluders:
         # Below this, two disjoint groups of share holders exist, and a server could unmask two views of one round.
         raise PolicyRefusal(
             f"threshold must be above (cohort + colluders) / 2 = {(n + plan.colluders) / 2:g}, the plan has "

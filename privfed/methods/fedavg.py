@@ -22,10 +22,10 @@ class FedAvg(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         Record unit, local noise: P(q, σ) × local_steps a participation, by post-processing of the door's answers.
     """
 
-    local_steps: Annotated[Steps, Meta(description="τ, gradient steps a round at a site")] = 1
-    lr: Annotated[Rate, Meta(description="learning rate of these steps")] = 4.0
+    local_steps: Annotated[Steps, Meta(description="τ, gradient steps a round at a site")] = 2
+    lr: Annotated[Rate, Meta(description="learning rate of these steps")] = 1.0
     personal_steps: Annotated[Steps, Meta(description="fine-tuning steps at evaluation, never leaving the site")] = 20
-    personal_lr: Annotated[Rate, Meta(description="learning rate of the fine-tuning")] = 0.05
+    personal_lr: Annotated[Rate, Meta(description="learning rate of the fine-tuning")] = 0.2
 
     sends: ClassVar[bool] = True
     parts: ClassVar[Mapping[str, float]] = {}

@@ -29,7 +29,7 @@ class Fomaml(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     inner_lr: Annotated[Rate, Meta(description="α, learning rate of the adaptation")] = 0.5
     outer_lr: Annotated[Rate, Meta(description="β, learning rate of the meta step")] = 6.0
     personal_steps: Annotated[Steps, Meta(description="adaptation steps at evaluation, never leaving the site")] = 20
-    personal_lr: Annotated[Rate, Meta(description="learning rate of that adaptation")] = 0.05
+    personal_lr: Annotated[Rate, Meta(description="learning rate of that adaptation")] = 0.2
 
     sends: ClassVar[bool] = True
     parts: ClassVar[Mapping[str, float]] = {SUPPORT: 0.5, QUERY: 0.5}

@@ -24,12 +24,12 @@ class Reptile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """
 
     inner_steps: Annotated[Steps, Meta(description="τ, gradient steps a round at a site")] = 2
-    inner_lr: Annotated[Rate, Meta(description="learning rate of these steps")] = 4.0
+    inner_lr: Annotated[Rate, Meta(description="learning rate of these steps")] = 2.0
     outer_lr: Annotated[Rate, Meta(description="ε, the server's step towards the sites' mean; falls linearly to 0")] = (
         1.0
     )
     personal_steps: Annotated[Steps, Meta(description="adaptation steps, never leaving the site")] = 20
-    personal_lr: Annotated[Rate, Meta(description="learning rate of the adaptation")] = 0.05
+    personal_lr: Annotated[Rate, Meta(description="learning rate of the adaptation")] = 0.2
 
     sends: ClassVar[bool] = True
     parts: ClassVar[Mapping[str, float]] = {}
