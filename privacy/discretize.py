@@ -31,9 +31,10 @@ class FixedPoint:
     def __post_init__(self) -> None:
         if not 0 <= self.fraction_bits <= 24:
             raise ValueError(f"fraction_bits must be in 0..24, got {self.fraction_bits}")
-        if not (math.isfinite(self.limit) and self.bound >= 1):
+        if not (math.isfinite(self.limit) and 1 <= self.limit / self.step <= 2**53):
             raise ValueError(
-                f"limit must be finite and at least one step (2**-{self.fraction_bits}), got {self.limit}: raise it"
+                f"limit must be from one step (2**-{self.fraction_bits}) to 2**53 steps, which float64 counts one by "
+                f"one, got {self.limit}"
             )
 
     @property
@@ -65,6 +66,7 @@ class FixedPoint:
         """
         if summands < 1:
             raise ValueError(f"summands must be at least 1, got {summands}")
-        if total.size and int(np.abs(total).max()) > summands * self.bound:
+        # From both sides: the absolute value of the most negative integer overflows.
+        if total.size and max(int(total.max()), -int(total.min())) > summands * self.bound:
             raise ValueError(f"the sum exceeds {summands} × {self.bound}: some client sent more than its bound")
         return total.astype(np.float64) * (self.step / summands)

@@ -73,8 +73,8 @@ def release(
 
     Guarantees:
         The Gaussian mechanism of noise multiplier σ/C (Dwork and Roth 2014, Theorem A.1) over real numbers, on the
-        Poisson draw behind the sum. Sampled in float64, added in float32; what leaves a site is afterwards rounded to
-        the fixed-point grid of the aggregation, which is coarser than float32's at the magnitudes that occur.
+        Poisson draw behind the sum. Sampled and added in float64, given as float32; what leaves a site is afterwards
+        rounded to the fixed-point grid of the aggregation, coarser than float32's at the magnitudes that occur.
     """
     noise = randomness.standard_normal(tuple(clipped_sum.shape)) * (noise_multiplier * max_grad_norm)
     return (clipped_sum.double() + torch.from_numpy(noise)).div_(expected_batch_size).to(clipped_sum.dtype)

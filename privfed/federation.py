@@ -11,6 +11,7 @@ import torch
 from privfed.crypto.aggregation import (
     AggregationResult,
     AggregationServer,
+    Session,
     default_colluders,
     default_minimum_cohort,
     default_threshold,
@@ -53,6 +54,8 @@ def cohort_of(config: Config, n: int) -> Cohort:
     Raises:
         ConfigError: a configured number does not fit ``n`` sites.
     """
+    if not config.method.sends:
+        return Cohort(n, 1, 1, 0)
     settings = config.aggregation
     masked = settings.kind == "masked"
     if masked and n < 3:
@@ -77,6 +80,12 @@ def cohort_of(config: Config, n: int) -> Cohort:
             f"aggregation.threshold = {threshold} is too small for {n} sites and {colluders} colluders: a server could "
             f"unmask two views of one round; use at least {(n + colluders) // 2 + 1}"
         )
+    try:  # the rest: the aggregation's own limits, before a round starts
+        grid = grid_of(config)
+        numbers = {"threshold": threshold, "minimum_cohort": minimum, "colluders": colluders, "bound": grid.bound}
+        Session(run="-", round=0, attempt=0, cohort=tuple(range(n)), dim=1, context=bytes(32), **numbers)
+    except ValueError as error:
+        raise ConfigError(f"aggregation: {error} (bound is aggregation.limit × 2^fraction_bits)") from None
     return Cohort(n, threshold, minimum, colluders)
 
 

@@ -1,11 +1,11 @@
 """A run's folder: what it leaves behind, written so that a kill at any instant loses nothing that stood there."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -57,7 +57,7 @@ class RunFolder:
     def add_metrics(self, line: Mapping[str, Any]) -> None:
         """Append one round to metrics.jsonl, durably."""
         with open(self.path / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(msgspec.json.encode(line).decode() + "\n")  # a number that is not finite becomes null
             file.flush()
             os.fsync(file.fileno())
 

@@ -24,7 +24,8 @@ def check_policy(plan: RoundPlan, policy: Policy, *, insecure: bool) -> None:
     """
     config, n = plan.config, len(plan.cohort)
     secure = config.aggregation.kind != "plain"
-    if secure and plan.minimum_cohort < policy.minimum_cohort:
+    summed = secure and config.method.sends
+    if summed and plan.minimum_cohort < policy.minimum_cohort:
         raise PolicyRefusal(
             f"policy.minimum_cohort = {policy.minimum_cohort}, the plan would release a sum of {plan.minimum_cohort}"
         )
@@ -36,7 +37,13 @@ def check_policy(plan: RoundPlan, policy: Policy, *, insecure: bool) -> None:
         raise PolicyRefusal(f"policy.max_delta = {policy.max_delta:g}, the plan has delta = {config.privacy.delta:g}")
     if config.privacy.insecure_seed is not None and not insecure:
         raise PolicyRefusal("the plan has privacy.insecure_seed, but this site's noise comes from the system source")
-    if secure and 2 * plan.threshold <= n + plan.colluders:
+    fixed = config.privacy.noise_multiplier
+    if config.privacy.unit is not PrivacyUnit.NONE and config.method.sends:
+        if plan.noise_multiplier == 0 or (fixed is not None and plan.noise_multiplier != fixed):
+            raise PolicyRefusal(
+                f"the plan has noise_multiplier = {plan.noise_multiplier:g}, which is not what its configuration claims"
+            )
+    if summed and 2 * plan.threshold <= n + plan.colluders:
         # Below this, two disjoint groups of share holders exist, and a server could unmask two views of one round.
         raise PolicyRefusal(
             f"threshold must be above (cohort + colluders) / 2 = {(n + plan.colluders) / 2:g}, the plan has "

@@ -20,7 +20,7 @@ from privfed.crypto.packing import IntVector
 from privfed.crypto.plain import PlainClient
 from privfed.crypto.roster import Identity, Roster
 from privfed.privacy import noise
-from privfed.privacy.accountant import Accountant
+from privfed.privacy.accountant import Accountant, Epsilon
 from privfed.privacy.budget import Budget
 from privfed.privacy.discretize import FixedPoint
 from privfed.privacy.errors import BudgetExhausted, NoGuarantee, PrivacyError
@@ -157,7 +157,7 @@ class Site:
         self._dataset = data.fingerprint(fingerprint_key)
         self._ledger, self._journal, self._accountant = ledger, journal, accountant
         self._noise_key, self._insecure, self._policy = noise_key, insecure, policy
-        self._run: tuple[str, Config] | None = None
+        self._run: tuple[str, Config, float] | None = None
         self._split: _Split | None = None
         self._private: State | None = None
         self._local_only: Tensor | None = None
@@ -188,11 +188,17 @@ class Site:
             logger.info("%s refuses: %s", self.name, reply.reason)
         return wire.encode(reply)
 
+    def spent(self, delta: float) -> Epsilon:
+        """ε of everything that the ledger holds for this site's records, all runs together."""
+        return self._accountant.epsilon(self._ledger.charges(self.name, self._dataset), delta)
+
     # One round
 
     def _begin(self, message: wire.Begin) -> bytes:
         plan, state = self._accept(message.plan, message.state)
         config = plan.config
+        if not config.method.sends:
+            raise wire.WireError("the run's method sends nothing: there is no round to begin")
         reason = config.method.guarantee(config.privacy.unit, config.privacy.noise)
         if reason is not None:
             raise NoGuarantee(reason)
@@ -225,8 +231,10 @@ class Site:
     def _contribute(self, plan: wire.RoundPlan, state: State, context: bytes) -> IntVector:
         """int64[P]: the site's update, noised, charged and on the integer grid."""
         config = plan.config
-        labels = (plan.run.encode(), plan.round.to_bytes(8, "big"), plan.attempt.to_bytes(8, "big"), context)
-        key = noise.derive_key(self._noise_key, b"round", bytes.fromhex(self._dataset), *labels)
+        labels: tuple[bytes, ...] = (plan.round.to_bytes(8, "big"), plan.attempt.to_bytes(8, "big"))
+        if not self._insecure:  # a known seed is for comparing runs: it gives every run the same noise
+            labels += (bytes.fromhex(self._dataset), plan.run.encode(), context)
+        key = noise.derive_key(self._noise_key, b"round", *labels)
         door = self._door(plan, noise.generator(key))
         update = config.method.contribute(state, door)
         expected = planned_charges(config, plan.noise_multiplier)
@@ -274,8 +282,7 @@ class Site:
         loss = classification_loss(outputs(state["theta"]), split.test.targets)
         epsilon = None
         if config.privacy.unit is not PrivacyUnit.NONE:
-            spent = self._ledger.charges(self.name, self._dataset)
-            epsilon = self._accountant.epsilon(spent, config.privacy.delta).value
+            epsilon = self.spent(config.privacy.delta).value
         return wire.Measurement(
             records=len(split.test),
             loss=float(loss.mean()) if len(loss) else None,
@@ -291,8 +298,9 @@ class Site:
         """The plan and the model, if this site takes part in them at all."""
         plan = wire.decode_plan(plan_bytes)
         if self._run is None or self._run[0] != plan.run:
-            self._run, self._split, self._private, self._local_only = (plan.run, plan.config), None, None, None
-        if self._run[1] != plan.config:
+            self._run, self._split = (plan.run, plan.config, plan.noise_multiplier), None
+            self._private, self._local_only = None, None
+        if self._run[1:] != (plan.config, plan.noise_multiplier):
             raise PolicyRefusal("the configuration of a run must not change between its rounds")
         if plan.roster_version != self._roster.version:
             raise PolicyRefusal(
@@ -303,8 +311,9 @@ class Site:
         check_policy(plan, self._policy, insecure=self._insecure)
         state = parameters.decode(state_bytes)
         size = sum(p.numel() for p in build_model(plan.config, self._schema).parameters())
-        if "theta" not in state or tuple(state["theta"].shape) != (size,):
-            raise wire.WireError(f"the model must have {size} parameters for this site's table")
+        theta = state.get("theta")
+        if theta is None or theta.shape != (size,) or theta.dtype != torch.float32:
+            raise wire.WireError(f"the model must be {size} float32 parameters for this site's table")
         return plan, state
 
     def _budget(self, config: Config) -> Budget:

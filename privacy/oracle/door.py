@@ -85,15 +85,21 @@ class Meter:
     split: str
     _queries: dict[int, tuple[Batch, int]] = field(default_factory=dict)
 
+    def drawn(self, batch: Batch) -> Batch:
+        self._queries[id(batch)] = (batch, 0)  # holds the batch, so that its id is not used again
+        return batch
+
     def query(self, batch: Batch) -> None:
-        _, before = self._queries.get(id(batch), (batch, 0))
-        self._queries[id(batch)] = (batch, before + 1)  # holds the batch, so that its id is not used again
+        if id(batch) not in self._queries:
+            raise ValueError("batch must be a draw of this door: another's sample rate is not what would be booked")
+        self._queries[id(batch)] = (batch, self._queries[id(batch)][1] + 1)
 
     @property
     def charges(self) -> tuple[Charge, ...]:
         runs: dict[tuple[str, int], int] = {}
         for batch, queries in self._queries.values():
-            runs[batch._part, queries] = runs.get((batch._part, queries), 0) + 1
+            if queries:
+                runs[batch._part, queries] = runs.get((batch._part, queries), 0) + 1
         return tuple(
             charge(group(self.split, part), self.sample_rate, self.noise_multiplier / math.sqrt(queries), count)
             for (part, queries), count in sorted(runs.items())

@@ -1,5 +1,6 @@
 """The private door of one site: Opacus takes each record's gradient and clips it, `noise.release` noises the sum."""
 
+import math
 import warnings
 
 import numpy as np
@@ -53,7 +54,7 @@ class OpacusDoor:
         self._refuse_coupled_loss()
 
     def draw(self, part: str = ALL) -> Batch:
-        return sample(self._records, part, self._settings.sample_rate, self._randomness)
+        return self._meter.drawn(sample(self._records, part, self._settings.sample_rate, self._randomness))
 
     def gradient(self, theta: Tensor, batch: Batch) -> Tensor:
         check_theta(theta, self._size)
@@ -86,22 +87,37 @@ class OpacusDoor:
         return torch.cat([parameter.summed_grad.flatten() for parameter in self._parameters])
 
     def _refuse_coupled_loss(self) -> None:
-        """Probe g{a, b} = g{a} + g{b} on synthetic records, at parameters that are not all zero."""
+        """Probe losses and g{a, b} = g{a} + g{b} on synthetic records, at parameters that are not all zero."""
         probe = torch.Generator().manual_seed(0)  # no secret: synthetic inputs
         shape = self._records.inputs.shape[1:]
         pair = torch.randn(2, *shape, generator=probe)
-        targets = self._records.targets.new_tensor([0, 1])
         before = parameters_to_vector(self._parameters).detach().clone()
         vector_to_parameters(0.1 * torch.randn(self._size, generator=probe), self._parameters)
-        together = self._clipped_sum(pair, targets)
-        apart = self._clipped_sum(pair[:1], targets[:1]) + self._clipped_sum(pair[1:], targets[1:])
+        # Without clipping: a coupling that only rescales gradients does not show where all of them are cut to norm C.
+        limit, self._optimizer.max_grad_norm = self._optimizer.max_grad_norm, math.inf
+        coupled = any(self._coupled(pair, self._records.targets.new_tensor(labels)) for labels in ([0, 1], [0, 0]))
+        self._optimizer.max_grad_norm = limit
         vector_to_parameters(before, self._parameters)
-        if not torch.allclose(together, apart, rtol=1e-4, atol=1e-5):
+        if coupled:
             raise NoGuarantee(
                 "the loss or the model lets one record move another record's gradient, so clipping bounds nothing: "
                 "use a loss that is a sum over records and layers without batch statistics (GroupNorm, LayerNorm), "
                 "or privacy.unit = 'client' or 'none'"
             )
+
+    def _coupled(self, pair: Tensor, targets: Tensor) -> bool:
+        """Whether either record of the pair changes the loss or the gradient of the other."""
+
+        def probe(rows: slice) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                losses = self._loss(self._module(pair[rows]), targets[rows])
+            return losses, self._clipped_sum(pair[rows], targets[rows])
+
+        (losses, together), (loss_a, a), (loss_b, b) = probe(slice(2)), probe(slice(1)), probe(slice(1, 2))
+        if not losses.shape == (2,) or not loss_a.shape == loss_b.shape == (1,):
+            return True
+        alone = torch.cat([loss_a, loss_b])
+        return not all(torch.allclose(x, y, rtol=1e-4, atol=1e-5) for x, y in ((losses, alone), (together, a + b)))
 
 
 def refuse_coupling_layers(model: nn.Module) -> None:
