@@ -19,7 +19,7 @@ from privfed.privacy.ledger import Ledger
 
 from . import config_io, keyring
 from .config import Config
-from .data import sources
+from .data.records import Sites
 from .engines.local import LocalEngine
 from .errors import ConfigError
 from .federation import Federation, RoundReport, cohort_of
@@ -54,7 +54,7 @@ class Preparation:
     """A checked configuration with its data and its noise: nothing is written or spent yet."""
 
     config: Config
-    data: sources.Federation
+    data: Sites
     schema: Schema
     noise_multiplier: float
     accountant: Accountant = field(repr=False)
@@ -67,6 +67,7 @@ def prepare(config: Config) -> Preparation:
         ConfigError: a combination that has no guarantee or does not fit the sites.
         DataError: the records can not be read.
     """
+    config_io.check(config)
     reason = config.method.guarantee(config.privacy.unit, config.privacy.noise)
     if reason is not None:
         raise ConfigError(reason)
@@ -80,7 +81,7 @@ def prepare(config: Config) -> Preparation:
     return Preparation(
         config=config,
         data=data,
-        schema=Schema(features=len(data.features), classes=len(data.classes)),
+        schema=Schema(features=len(data.inputs), classes=len(data.classes)),
         noise_multiplier=_noise_multiplier(config, accountant),
         accountant=accountant,
     )
@@ -115,11 +116,14 @@ def run(
     ledger_path = Path(ledger) if ledger is not None else None
     if ledger_path is not None and not ledger_path.exists():
         raise ConfigError(f"there is no ledger at {ledger_path}; leave --ledger away to start a new one")
+    if ledger_path is not None:
+        keyring.ledger_key(ledger_path)  # a ledger without its key is refused before anything is written
     folder = RunFolder.create(Path(out) if out is not None else Path("runs") / name, config_io.to_toml(config))
     ledger_path = ledger_path or folder.path / LEDGER
     key = keyring.ledger_key(ledger_path)
     with Ledger(ledger_path) as book:
-        federation = _federation(ready, name, folder, book, key)
+        roster, sites = _sites(ready, folder, book, key)
+        federation = _federation(ready, name, roster, sites)
         started = datetime.now(UTC)
         reports: list[RoundReport] = []
         for report in federation.rounds():
@@ -131,7 +135,8 @@ def run(
         summary = summarize(
             ready.config,
             run=name,
-            sites=tuple(ready.data.sites),
+            # From the ledger, not from the last measurement that came through: it is late, or never came.
+            spent={name: site.spent(config.privacy.delta) for name, site in sites.items()},
             simulated=ready.data.simulated,
             noise_multiplier=ready.noise_multiplier,
             reports=reports,
@@ -153,15 +158,18 @@ def _noise_multiplier(config: Config, accountant: Accountant) -> float:
         return privacy.noise_multiplier
     if privacy.target_epsilon is None:
         raise ConfigError("privacy needs target_epsilon (calibrates the noise) or noise_multiplier (fixes it)")
-    return noise_multiplier_for(
-        privacy.target_epsilon,
-        privacy.delta,
-        lambda sigma: planned_charges(config, sigma, config.rounds),
-        accountant=accountant,
-    )
+    try:
+        return noise_multiplier_for(
+            privacy.target_epsilon,
+            privacy.delta,
+            lambda sigma: planned_charges(config, sigma, config.rounds),
+            accountant=accountant,
+        )
+    except ValueError as error:
+        raise ConfigError(f"privacy.target_epsilon = {privacy.target_epsilon:g}: {error}") from None
 
 
-def _federation(ready: Preparation, name: str, folder: RunFolder, book: Ledger, key: bytes) -> Federation:
+def _sites(ready: Preparation, folder: RunFolder, book: Ledger, key: bytes) -> tuple[Roster, dict[str, Site]]:
     config = ready.config
     identities = {site: Identity.generate(site) for site in ready.data.sites}
     roster = Roster(
@@ -184,6 +192,11 @@ def _federation(ready: Preparation, name: str, folder: RunFolder, book: Ledger, 
             policy=config.policy,
             accountant=ready.accountant,
         )
+    return roster, sites
+
+
+def _federation(ready: Preparation, name: str, roster: Roster, sites: Mapping[str, Site]) -> Federation:
+    config = ready.config
     engine = FaultyEngine(LocalEngine(sites), config.simulation, seed=config.seed)
     start = to_vector(build_model(config, ready.schema))
     return Federation(
@@ -199,7 +212,7 @@ def _federation(ready: Preparation, name: str, folder: RunFolder, book: Ledger, 
 def _model_facts(ready: Preparation, name: str) -> Mapping[str, str]:
     facts: dict[str, Any] = {
         "run": name,
-        "features": "\n".join(ready.data.features),
+        "inputs": "\n".join(ready.data.inputs),
         "classes": "\n".join(ready.data.classes),
         "hidden": ",".join(map(str, ready.config.model.hidden)),
     }

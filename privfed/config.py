@@ -12,6 +12,7 @@ from msgspec import Meta
 from privfed.privacy.events import NoiseSite, PrivacyUnit
 
 from .data.sources import BreastCancer
+from .data.tables import Table
 from .methods import FedAvg, Fomaml, Local, Reptile
 
 
@@ -136,7 +137,7 @@ class Policy(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     require_secure_aggregation: Annotated[bool, Meta(description="refuse plain aggregation")] = False
 
 
-Data = BreastCancer
+Data = BreastCancer | Table
 Method = FedAvg | Reptile | Fomaml | Local
 
 

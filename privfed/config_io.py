@@ -49,6 +49,15 @@ def decode(table: dict[str, Any]) -> Config:
         raise ConfigError(_explain(str(error), table)) from None
 
 
+def check(config: Config) -> None:
+    """Return if every value is in its range: structs built in Python are not checked when they are made.
+
+    Raises:
+        ConfigError: as `load_config` does.
+    """
+    decode(msgspec.to_builtins(config))
+
+
 def to_toml(config: Config) -> str:
     """The whole configuration as TOML, one comment a key; `load_config` of it gives the same configuration back."""
     lines = ["# privfed configuration: every key, its value in this run, and what it means."]
@@ -75,7 +84,7 @@ def _apply(table: dict[str, Any], override: str) -> None:
     try:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is a string: --set method.name=fomaml
+        value = _bare(text.strip())
     *parents, last = key.split(".")
     for depth, parent in enumerate(parents):
         below = table.setdefault(parent, {})
@@ -85,6 +94,14 @@ def _apply(table: dict[str, Any], override: str) -> None:
             )
         table = below
     table[last] = value
+
+
+def _bare(text: str) -> float | str:
+    """What a shell user means where TOML is stricter: .5 is a number, and a bare word a string."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _structs(hint: Any) -> list[type[msgspec.Struct]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from privfed.privacy.accountant import Epsilon
 from privfed.privacy.events import PrivacyUnit
 
 from . import wire
@@ -87,20 +88,22 @@ def summarize(
     config: Config,
     *,
     run: str,
-    sites: tuple[str, ...],
+    spent: Mapping[str, Epsilon],
     simulated: bool,
     noise_multiplier: float,
     reports: Sequence[RoundReport],
     retired: Mapping[str, str],
     seconds: float,
 ) -> Summary:
-    """The summary of the rounds in ``reports``. A site that left counts with what it last measured."""
+    """The summary of the rounds in ``reports``. A site that left counts with what it last measured.
+
+    ``spent`` is what each site's ledger holds at the end, whatever it has measured.
+    """
     latest: dict[str, wire.Measurement] = {}
     for report in reports:
         latest.update(report.measurements)
-    per_site = {site: latest[site].epsilon if site in latest else None for site in sites}
-    known = [epsilon for epsilon in per_site.values() if epsilon is not None]
     private = config.privacy.unit is not PrivacyUnit.NONE
+    largest = max(spent.values(), key=lambda epsilon: epsilon.value)
     refusals = {site: reason for report in reports for site, reason in report.refused.items()} | dict(retired)
     summed = [report for report in reports if report.contributed]
     sends = config.method.sends
@@ -119,7 +122,7 @@ def summarize(
         rounds=len(reports),
         rounds_planned=config.rounds,
         complete=len(reports) == config.rounds and (not sends or len(summed) > 0),
-        sites=len(sites),
+        sites=len(spent),
         simulated=simulated,
         seconds=round(seconds, 3),
         method=str(type(config.method).__struct_config__.tag),
@@ -128,9 +131,12 @@ def summarize(
             unit=config.privacy.unit.value,
             noise=config.privacy.noise.value,
             delta=config.privacy.delta,
-            epsilon=EpsilonSummary(max(known, default=0.0) if private else None, per_site),
+            epsilon=EpsilonSummary(
+                largest.value if private else None,
+                {site: epsilon.value if private else None for site, epsilon in spent.items()},
+            ),
             noise_multiplier=noise_multiplier,
-            accountant="pld" if private else "none",
+            accountant=largest.accountant if private else "none",
             adjacency="add-or-remove-one",
             sampling=f"Poisson, rate {config.privacy.sample_rate:g}",
             insecure_seed=config.privacy.insecure_seed is not None,

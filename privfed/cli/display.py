@@ -24,7 +24,7 @@ class Display:
     """
 
     def __init__(self, *, to_stderr: bool) -> None:
-        self._console = Console(stderr=to_stderr, highlight=False, soft_wrap=True)
+        self._console = Console(stderr=to_stderr, highlight=False, markup=False, soft_wrap=True)
         self._rich = self._console.is_terminal
         self._rows: list[tuple[str, ...]] = []
         self._live: Live | None = None
@@ -171,8 +171,8 @@ def _verdict(summary: Summary) -> str:
     if privacy.epsilon.max is not None:
         void = " VOID: the noise seed is known" if privacy.insecure_seed else ""
         lines.append(
-            f"ε = {privacy.epsilon.max:.4g} at δ = {privacy.delta:g}, {privacy.unit} unit, against whoever sees all that "
-            f"leaves a site ({privacy.noise} noise, {privacy.sampling}, {privacy.accountant} accountant){void}"
+            f"ε = {privacy.epsilon.max:.4g} at δ = {privacy.delta:g}, {privacy.unit} unit, against whoever sees all "
+            f"that leaves a site ({privacy.noise} noise, {privacy.sampling}, {privacy.accountant} accountant){void}"
         )
     if not summary.complete:
         lines.append(f"INCOMPLETE: {summary.rounds} of {summary.rounds_planned} rounds")

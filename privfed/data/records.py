@@ -15,12 +15,12 @@ class SiteData:
     """One site's records. Nothing here leaves the site.
 
     Args:
-        ids: str[n], unique within the site: a record keeps its id whatever else is in the table.
+        ids: uint64[n]: stands for each record in the keyed split, whatever else is in the table.
         inputs: float32[n, F], standardised from public ranges.
-        targets: int64[n].
+        targets: int64[n], class numbers.
     """
 
-    ids: tuple[str, ...] = field(repr=False)
+    ids: NDArray[np.uint64] = field(repr=False)
     inputs: Tensor = field(repr=False)
     targets: Tensor = field(repr=False)
 
@@ -30,24 +30,43 @@ class SiteData:
     def rows(self, mask: NDArray[np.bool_]) -> "SiteData":
         """The records where ``mask`` bool[n] is true."""
         keep = torch.from_numpy(np.flatnonzero(mask))
-        return SiteData(tuple(np.asarray(self.ids)[mask]), self.inputs[keep], self.targets[keep])
+        return SiteData(self.ids[mask], self.inputs[keep], self.targets[keep])
 
     def fingerprint(self, key: bytes) -> str:
         """Hex HMAC-SHA256 of the records: names the data set in a ledger, and tells nothing without the site's key."""
         digest = hmac.new(key, digestmod=hashlib.sha256)
-        for record in self.ids:
-            encoded = record.encode()
-            digest.update(len(encoded).to_bytes(8, "big") + encoded)
-        digest.update(self.inputs.numpy().tobytes() + self.targets.numpy().tobytes())
+        for array in (self.ids, self.inputs.numpy(), self.targets.numpy()):
+            digest.update(repr((array.dtype.str, array.shape)).encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
 
-def keyed_fraction(ids: tuple[str, ...], *, seed: int, label: str) -> NDArray[np.float64]:
+@dataclass(frozen=True)
+class Sites:
+    """The sites of a run, by name, and what is public about their tables.
+
+    Args:
+        sites: name → records.
+        inputs: names of the model's inputs.
+        classes: names of the classes; the second one is the positive one.
+        simulated: one table was cut into sites that never existed.
+        description: one line for the screen.
+        notes: what a user should know about the records; for the site's own eyes.
+    """
+
+    sites: dict[str, SiteData]
+    inputs: tuple[str, ...]
+    classes: tuple[str, ...]
+    simulated: bool
+    description: str
+    notes: tuple[str, ...] = ()
+
+
+def keyed_fraction(ids: NDArray[np.uint64], *, seed: int, label: str) -> NDArray[np.float64]:
     """float64[n] in [0, 1): where each record falls, by a hash of its own id alone.
 
     A shuffled split depends on every record: one more patient moves the others between support and query, and parallel
     composition no longer holds. A keyed hash gives each record its place whatever the others are.
     """
     key = f"privfed split {seed} {label}".encode()
-    words = (hmac.digest(key, record.encode(), "sha256")[:8] for record in ids)
-    return np.array([int.from_bytes(word, "big") / 2**64 for word in words])
+    words = (hmac.digest(key, int(record).to_bytes(8, "big"), "sha256")[:8] for record in ids)
+    return np.fromiter((int.from_bytes(word, "big") / 2**64 for word in words), dtype=np.float64, count=len(ids))

@@ -1,27 +1,16 @@
-"""Where records come from: one frozen settings struct a source, each giving the sites' data."""
+"""The embedded records: a public table in simulated hospitals."""
 
-from dataclasses import dataclass
 from typing import Annotated
 
 import msgspec
 import numpy as np
+import pandas as pd
 import torch
 from msgspec import Meta
 
+from .columns import Numeric, encode, input_names
 from .partition import skewed_sites
-from .records import SiteData
-from .standardize import Numeric, standardize
-
-
-@dataclass(frozen=True)
-class Federation:
-    """The sites of a run, by name, and what is public about their tables."""
-
-    sites: dict[str, SiteData]
-    features: tuple[str, ...]
-    classes: tuple[str, ...]
-    simulated: bool
-    description: str
+from .records import SiteData, Sites
 
 
 class BreastCancer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="source", tag="breast-cancer"):
@@ -32,20 +21,35 @@ class BreastCancer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_
         3.0
     )
 
-    def load(self, *, seed: int) -> Federation:
+    @property
+    def columns(self) -> tuple[Numeric, ...]:
+        """The inputs. Measurements are right-skewed: a quarter up the public range is typical."""
+        return tuple(
+            Numeric(name=name, range=(low, high), typical=low + (high - low) / 4)
+            for name, low, high in _BREAST_CANCER_RANGES
+        )
+
+    @property
+    def missing_values(self) -> tuple[str, ...]:
+        return ("",)
+
+    @property
+    def header(self) -> tuple[str, ...]:
+        return ()
+
+    def load(self, *, seed: int) -> Sites:
         """The simulated hospitals of a public ``seed``."""
         from sklearn.datasets import load_breast_cancer
 
         table = load_breast_cancer()
         labels = 1 - table.target.astype(np.int64)  # 1 = malignant
-        # Right-skewed measurements: a quarter up the public range is typical.
-        columns = [Numeric(name, low, high, low + (high - low) / 4) for name, low, high in _BREAST_CANCER_RANGES]
-        inputs = torch.from_numpy(standardize(table.data, columns))
+        frame = pd.DataFrame(table.data, columns=list(table.feature_names)).map(repr).astype(str)
+        inputs = torch.from_numpy(encode(frame, self.columns, missing=frozenset()))
         site = skewed_sites(labels, self.sites, skew=self.skew, seed=seed)
-        everyone = SiteData(tuple(f"record-{row}" for row in range(len(labels))), inputs, torch.from_numpy(labels))
-        return Federation(
+        everyone = SiteData(np.arange(len(labels), dtype=np.uint64), inputs, torch.from_numpy(labels))
+        return Sites(
             sites={f"hospital-{number + 1}": everyone.rows(site == number) for number in range(self.sites)},
-            features=tuple(column.name for column in columns),
+            inputs=input_names(self.columns),
             classes=("benign", "malignant"),
             simulated=True,
             description=f"Wisconsin breast cancer in {self.sites} simulated hospitals",

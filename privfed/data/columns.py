@@ -1,0 +1,131 @@
+"""Columns of a table as numbers, from what is public about them.
+
+Means and deviations of the records would be a release of their own. A declared range or list of values is not: it comes
+from a data dictionary or from medicine, the same for every site, whoever is in the table.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import msgspec
+import numpy as np
+import pandas as pd
+from msgspec import Meta
+from numpy.typing import NDArray
+
+from privfed.errors import DataError
+
+_SHOWN_ROWS = 5
+
+
+class Numeric(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A numeric column as 4 (x − typical) / (high − low), x clipped to the range.
+
+    That has unit spread where the range spans four standard deviations. A missing value counts as typical.
+    """
+
+    name: Annotated[str, Meta(min_length=1, description="header of the column")]
+    range: Annotated[tuple[float, float], Meta(description="public [low, high]; values outside are clipped")]
+    typical: Annotated[float | None, Meta(description="public typical value; default the middle of the range")] = None
+    missing: Annotated[bool, Meta(description="add an input that is 1 where the value is missing")] = False
+
+    def __post_init__(self) -> None:
+        low, high = self.range
+        if not (np.isfinite(low) and np.isfinite(high) and low < high):
+            raise ValueError(f"range of column {self.name!r} must be [low, high] with low < high, got {[low, high]}")
+        if self.typical is not None and not low <= self.typical <= high:
+            raise ValueError(f"typical of column {self.name!r} must lie in its range, got {self.typical}")
+
+
+class Categorical(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A column of names: one input of 0 or 1 a listed value. A missing or unlisted value is all zeros."""
+
+    name: Annotated[str, Meta(min_length=1, description="header of the column")]
+    values: Annotated[tuple[str, ...], Meta(min_length=1, description="the public list of values")]
+
+    def __post_init__(self) -> None:
+        if len(set(self.values)) != len(self.values):
+            raise ValueError(f"values of column {self.name!r} must differ from each other")
+
+
+Column = Numeric | Categorical
+
+
+def input_names(columns: Sequence[Column]) -> tuple[str, ...]:
+    """The names of the model's inputs, in order."""
+    names: list[str] = []
+    for column in columns:
+        if isinstance(column, Categorical):
+            names += [f"{column.name}={value}" for value in column.values]
+        else:
+            names.append(column.name)
+            if column.missing:
+                names.append(f"{column.name} missing")
+    return tuple(names)
+
+
+def encode(frame: pd.DataFrame, columns: Sequence[Column], *, missing: frozenset[str]) -> NDArray[np.float32]:
+    """float32[n, F] from a table of strings.
+
+    Args:
+        frame: every column a str column; rows are numbered by its index, as the user counts them.
+        columns: what is public about the inputs.
+        missing: texts that mean "no value".
+
+    Raises:
+        DataError: a column is not there, or a numeric one holds text. Rows are named by number, never by value.
+    """
+    absent = [column.name for column in columns if column.name not in frame.columns]
+    if absent:
+        raise DataError(
+            f"no column {', '.join(map(repr, absent))}; the table has {', '.join(map(repr, frame.columns))}"
+        )
+    return np.column_stack([_encode_column(frame[column.name], column, missing) for column in columns])
+
+
+def numbers(values: "pd.Series[str]", missing: frozenset[str]) -> NDArray[np.float64]:
+    """float64[n] with NaN where a value is missing.
+
+    Raises:
+        DataError: some value is neither a number nor missing.
+    """
+    text = values.str.strip()
+    gone = text.isin(missing).to_numpy(bool)
+    parsed = pd.to_numeric(text.mask(gone), errors="coerce").to_numpy(np.float64)
+    wrong = ~gone & ~np.isfinite(parsed)
+    if wrong.any():
+        raise DataError(
+            f"column {values.name!r} is numeric, but {rows(values.index.to_numpy()[wrong])} hold no finite number: "
+            "list the column under categorical, or the text under data.missing_values"
+        )
+    return parsed
+
+
+def canonical(values: "pd.Series[str]") -> "pd.Series[str]":
+    """Stripped texts, with one spelling for a whole number: hospitals write the same code as 1, 1.0 and 01."""
+    text = values.str.strip()
+    number = pd.to_numeric(text, errors="coerce")
+    whole = number.notna() & (number == number.round()) & (number.abs() < 2**53)
+    return text.mask(whole, number.where(whole, 0).astype("int64").astype(str))
+
+
+def rows(numbers: NDArray[np.int64]) -> str:
+    """Row numbers for a message: the first few and how many more."""
+    shown = ", ".join(str(number) for number in numbers[:_SHOWN_ROWS])
+    more = f" and {len(numbers) - _SHOWN_ROWS} more" if len(numbers) > _SHOWN_ROWS else ""
+    return f"row{'s' if len(numbers) != 1 else ''} {shown}{more}"
+
+
+def _encode_column(values: "pd.Series[str]", column: Column, missing: frozenset[str]) -> NDArray[np.float32]:
+    if isinstance(column, Categorical):
+        text = canonical(values).to_numpy(object)
+        listed = canonical(pd.Series(column.values, dtype=str)).to_numpy(object)
+        hot: NDArray[np.float32] = (text[:, None] == listed[None, :]).astype(np.float32)
+        return hot
+    low, high = column.range
+    typical = (low + high) / 2 if column.typical is None else column.typical
+    parsed = numbers(values, missing)
+    gone = np.isnan(parsed)
+    scaled = 4 * (np.clip(np.where(gone, typical, parsed), low, high) - typical) / (high - low)
+    inputs: NDArray[np.float32] = np.column_stack([scaled, gone] if column.missing else [scaled]).astype(np.float32)
+    return inputs
