@@ -52,9 +52,10 @@ class FixedPoint:
         Raises:
             ValueError: a coordinate is not finite. It would otherwise turn into an arbitrary integer in silence.
         """
-        scaled = np.asarray(vector, dtype=np.float64) / self.step
-        if not np.isfinite(scaled).all():
+        values = np.asarray(vector, dtype=np.float64)
+        if not np.isfinite(values).all():
             raise ValueError("the update has coordinates that are not finite: lower the learning rate, check the loss")
+        scaled = np.clip(values, -self.limit, self.limit) / self.step  # the largest floats would overflow unclipped
         grid: NDArray[np.int64] = np.rint(np.clip(scaled, -self.bound, self.bound)).astype(np.int64)
         return grid
 
