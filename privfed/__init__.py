@@ -8,14 +8,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import Run, run
+    from .api import Run, resume, run
     from .config import Config
     from .config_io import load_config
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Run", "__version__", "load_config", "run"]
+__all__ = ["Config", "Run", "__version__", "load_config", "resume", "run"]
 
-_HOMES = {"Run": ".api", "run": ".api", "Config": ".config", "load_config": ".config_io"}
+_HOMES = {"Run": ".api", "run": ".api", "resume": ".api", "Config": ".config", "load_config": ".config_io"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,33 +1,28 @@
 """``privfed.run``: one call from a configuration to a finished run, and what it gives back."""
 
+import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from privfed.crypto.journal import SQLiteJournal
-from privfed.crypto.roster import FIRST_PREVIOUS, Identity, Roster
-from privfed.privacy import noise
 from privfed.privacy.accountant import Accountant
 from privfed.privacy.calibration import noise_multiplier_for
 from privfed.privacy.events import PrivacyUnit
-from privfed.privacy.ledger import Ledger
 
-from . import config_io, keyring
+from . import config_io, folder, keyring
 from .config import Config
 from .data.records import Sites
-from .engines.local import LocalEngine
-from .errors import ConfigError
+from .errors import ConfigError, DataError
 from .federation import Federation, RoundReport, cohort_of
-from .folder import JOURNAL, LEDGER, MODEL, SUMMARY, RunFolder
-from .parameters import load_vector, save_model, to_vector
-from .simulation.faults import FaultyEngine
-from .site import Schema, Site, build_model, planned_charges
-from .summary import Summary, metrics_line, summarize
+from .folder import Checkpoint, RunFacts, RunFolder
+from .parameters import load_vector, to_vector
+from .simulation.consortium import Consortium, open_consortium
+from .site import Schema, build_model, planned_charges
+from .summary import Summary, metrics_line, report_of, summarize
 
 Observer = Callable[[RoundReport], None]
 
@@ -60,8 +55,12 @@ class Preparation:
     accountant: Accountant = field(repr=False)
 
 
-def prepare(config: Config) -> Preparation:
+def prepare(config: Config, *, noise_multiplier: float | None = None) -> Preparation:
     """Check that the configuration can run and promise what it claims; load the data; calibrate the noise.
+
+    Args:
+        config: what to run.
+        noise_multiplier: σ/C that was calibrated before; None to calibrate.
 
     Raises:
         ConfigError: a combination that has no guarantee or does not fit the sites.
@@ -72,8 +71,7 @@ def prepare(config: Config) -> Preparation:
     if reason is not None:
         raise ConfigError(reason)
     data = config.data.load(seed=config.seed)
-    if config.method.sends:
-        cohort_of(config, len(data.sites))
+    cohort_of(config, len(data.sites))
     for outage in config.simulation.outages:
         if outage.site not in data.sites:
             raise ConfigError(f"simulation.outages: no site {outage.site!r}; sites are {', '.join(data.sites)}")
@@ -82,7 +80,7 @@ def prepare(config: Config) -> Preparation:
         config=config,
         data=data,
         schema=Schema(features=len(data.inputs), classes=len(data.classes)),
-        noise_multiplier=_noise_multiplier(config, accountant),
+        noise_multiplier=_calibrated(config, accountant) if noise_multiplier is None else noise_multiplier,
         accountant=accountant,
     )
 
@@ -105,52 +103,140 @@ def run(
         prepared: what `prepare` gave for this configuration, if it was called before.
 
     Returns:
-        The run. ``run.summary.complete`` tells whether all rounds ended with a sum.
+        The run. ``run.summary.complete`` tells whether all rounds were done.
 
     Raises:
         ConfigError, DataError, RunFolderError: before anything was spent.
     """
-    ready = prepared or prepare(config)
-    torch.set_num_threads(config.simulation.threads)
     name = f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    ledger_path = Path(ledger) if ledger is not None else None
-    if ledger_path is not None and not ledger_path.exists():
-        raise ConfigError(f"there is no ledger at {ledger_path}; leave --ledger away to start a new one")
-    if ledger_path is not None:
-        keyring.ledger_key(ledger_path)  # a ledger without its key is refused before anything is written
-    folder = RunFolder.create(Path(out) if out is not None else Path("runs") / name, config_io.to_toml(config))
-    ledger_path = ledger_path or folder.path / LEDGER
-    key = keyring.ledger_key(ledger_path)
-    with Ledger(ledger_path) as book:
-        roster, sites = _sites(ready, folder, book, key)
-        federation = _federation(ready, name, roster, sites)
-        started = datetime.now(UTC)
-        reports: list[RoundReport] = []
+    path = Path(out) if out is not None else Path("runs") / name
+    folder.require_empty(path)
+    if ledger is not None and not Path(ledger).is_file():
+        raise ConfigError(f"there is no ledger at {ledger}; leave --ledger away to start a new one")
+    if ledger is not None:
+        keyring.ledger_key(Path(ledger))  # refused, without its key, before anything is written
+    ready = prepared or prepare(config)
+    book = folder.LEDGER if ledger is None else os.fspath(Path(ledger).absolute())
+    facts = RunFacts(run=name, ledger=book, noise_multiplier=ready.noise_multiplier)
+    home = RunFolder.create(path, facts, config_io.to_toml(config))
+    return _drive(ready, home, observer)
+
+
+def prepare_resumed(path: Path | str) -> Preparation:
+    """`prepare` for the interrupted run in ``path``, with the noise it began with."""
+    home = RunFolder.open(Path(path))
+    config = config_io.load_config(home.path / folder.CONFIG)
+    return prepare(config, noise_multiplier=home.facts().noise_multiplier)
+
+
+def resume(path: Path | str, *, observer: Observer | None = None, prepared: Preparation | None = None) -> Run:
+    """Go on with an interrupted run where it stopped. A round that was cut short is the same round again.
+
+    Args:
+        path: the run's folder.
+        observer: called with every further round's report.
+        prepared: what `prepare_resumed` gave, if it was called before.
+
+    Raises:
+        RunFolderError: the folder is damaged or in use; it says what. Nothing was changed.
+        DataError: the records are no longer those that the run began with.
+        LedgerCorrupt: the ledger does not verify.
+    """
+    return _drive(prepared or prepare_resumed(path), RunFolder.open(Path(path)), observer)
+
+
+def _drive(ready: Preparation, home: RunFolder, observer: Observer | None) -> Run:
+    """Do the rounds that are left, from the folder's checkpoint or from the start."""
+    config = ready.config
+    torch.set_num_threads(config.simulation.threads)
+    started = datetime.now(UTC)
+    facts = home.facts()
+    with (
+        home.locked(),
+        open_consortium(
+            config,
+            ready.data,
+            ready.schema,
+            ledger=home.ledger(),
+            journal=home.path / folder.JOURNAL,
+            accountant=ready.accountant,
+        ) as consortium,
+    ):
+        _same_records(home, consortium)
+        checkpoint = home.load_checkpoint()
+        if checkpoint is None:
+            start = to_vector(build_model(config, ready.schema))
+            checkpoint = Checkpoint(0, config.method.init_server(start), {}, {})
+        lines = home.metrics(checkpoint.next_round)
+        home.keep_metrics(lines)  # a line beyond the checkpoint is of the round that is now done again
+        reports = [report_of(line) for line in lines]
+        for name, private in checkpoint.sites.items():
+            consortium.sites[name].restore(private)
+        federation = Federation(
+            config=config,
+            run=facts.run,
+            roster=consortium.roster,
+            engine=consortium.engine,
+            noise_multiplier=ready.noise_multiplier,
+            state=checkpoint.server,
+            first_round=checkpoint.next_round,
+            retired=checkpoint.retired,
+        )
         for report in federation.rounds():
             reports.append(report)
-            folder.add_metrics(metrics_line(name, report))
-            folder.save_checkpoint(federation.state, run=name, next_round=federation.next_round)
+            home.add_metrics(metrics_line(facts.run, report))
+            home.save_checkpoint(
+                Checkpoint(
+                    federation.next_round,
+                    federation.state,
+                    {name: site.private_state for name, site in consortium.sites.items()},
+                    federation.retired,
+                )
+            )
             if observer is not None:
                 observer(report)
         summary = summarize(
-            ready.config,
-            run=name,
-            # From the ledger, not from the last measurement that came through: it is late, or never came.
-            spent={name: site.spent(config.privacy.delta) for name, site in sites.items()},
+            config,
+            run=facts.run,
+            spent={name: site.spent(config.privacy.delta) for name, site in consortium.sites.items()},
             simulated=ready.data.simulated,
             noise_multiplier=ready.noise_multiplier,
             reports=reports,
             retired=federation.retired,
             seconds=(datetime.now(UTC) - started).total_seconds(),
         )
-    model = build_model(config, ready.schema)
+        _leave(ready, home, federation, consortium, summary)
+    return Run(home.path, summary, tuple(reports), federation.state["theta"])
+
+
+def _leave(
+    ready: Preparation, home: RunFolder, federation: Federation, consortium: Consortium, summary: Summary
+) -> None:
+    """Write what a finished run leaves, and erase what only an unfinished one needs."""
+    model = build_model(ready.config, ready.schema)
     load_vector(model, federation.state["theta"])
-    save_model(folder.path / MODEL, model, _model_facts(ready, name))
-    folder.write(SUMMARY, summary.to_json())
-    return Run(folder.path, summary, tuple(reports), federation.state["theta"])
+    about = {"run": summary.run, "inputs": "\n".join(ready.data.inputs), "classes": "\n".join(ready.data.classes)}
+    home.save_tensors(folder.MODEL, dict(model.named_parameters()), about)
+    personal = {name: site.private_state["theta"] for name, site in consortium.sites.items() if site.private_state}
+    home.save_tensors(folder.PERSONAL, personal, about)
+    home.write(folder.SUMMARY, summary.to_json() + "\n")
+    consortium.close()
 
 
-def _noise_multiplier(config: Config, accountant: Accountant) -> float:
+def _same_records(home: RunFolder, consortium: Consortium) -> None:
+    """Raise `DataError` if the records differ from those that the run began with; note them if it begins now."""
+    now = {name: site.dataset for name, site in consortium.sites.items()}
+    before = home.datasets(now)
+    changed = sorted(name for name in {*now, *before} if now.get(name) != before.get(name))
+    if changed:
+        raise DataError(
+            f"the records of {', '.join(changed)} are not those that the run in {home.path} began with: a round done "
+            "again on other records would be a second release. Restore them, or start a new run with --ledger "
+            f"{home.ledger()}"
+        )
+
+
+def _calibrated(config: Config, accountant: Accountant) -> float:
     privacy = config.privacy
     if privacy.unit is PrivacyUnit.NONE or not config.method.sends:
         return 0.0
@@ -167,53 +253,3 @@ def _noise_multiplier(config: Config, accountant: Accountant) -> float:
         )
     except ValueError as error:
         raise ConfigError(f"privacy.target_epsilon = {privacy.target_epsilon:g}: {error}") from None
-
-
-def _sites(ready: Preparation, folder: RunFolder, book: Ledger, key: bytes) -> tuple[Roster, dict[str, Site]]:
-    config = ready.config
-    identities = {site: Identity.generate(site) for site in ready.data.sites}
-    roster = Roster(
-        version=1, previous=FIRST_PREVIOUS, members=tuple(identity.member for identity in identities.values())
-    )
-    sites: dict[str, Site] = {}
-    insecure_seed = config.privacy.insecure_seed
-    for site, records in ready.data.sites.items():
-        secure_key = keyring.site_key(key, site, "noise")
-        sites[site] = Site(
-            identity=identities[site],
-            roster=roster,
-            data=records,
-            schema=ready.schema,
-            ledger=book,
-            journal=SQLiteJournal(folder.path / JOURNAL, site),
-            fingerprint_key=keyring.site_key(key, site, "fingerprint"),
-            noise_key=secure_key if insecure_seed is None else noise.insecure_key(insecure_seed, site.encode()),
-            insecure=insecure_seed is not None,
-            policy=config.policy,
-            accountant=ready.accountant,
-        )
-    return roster, sites
-
-
-def _federation(ready: Preparation, name: str, roster: Roster, sites: Mapping[str, Site]) -> Federation:
-    config = ready.config
-    engine = FaultyEngine(LocalEngine(sites), config.simulation, seed=config.seed)
-    start = to_vector(build_model(config, ready.schema))
-    return Federation(
-        config=config,
-        run=name,
-        roster=roster,
-        engine=engine,
-        noise_multiplier=ready.noise_multiplier,
-        state=config.method.init_server(start),
-    )
-
-
-def _model_facts(ready: Preparation, name: str) -> Mapping[str, str]:
-    facts: dict[str, Any] = {
-        "run": name,
-        "inputs": "\n".join(ready.data.inputs),
-        "classes": "\n".join(ready.data.classes),
-        "hidden": ",".join(map(str, ready.config.model.hidden)),
-    }
-    return facts

@@ -149,6 +149,7 @@ class Federation:
         noise_multiplier: σ/C, calibrated or given; 0 without a claim.
         state: the server's state to start from.
         first_round: 0, or where an interrupted run goes on.
+        retired: sites that left it before, with their reasons.
         clock: monotonic seconds, for the report alone.
     """
 
@@ -162,12 +163,13 @@ class Federation:
         noise_multiplier: float,
         state: State,
         first_round: int = 0,
+        retired: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config, self.run, self.state, self.next_round = config, run, state, first_round
         self._roster, self._engine, self._noise_multiplier, self._clock = roster, engine, noise_multiplier, clock
         self._names = {index: member.name for index, member in enumerate(roster.members)}
-        self.retired: dict[str, str] = {}
+        self.retired = dict(retired or {})
         cohort_of(config, len(self._names))
 
     def rounds(self) -> Iterator[RoundReport]:

@@ -1,58 +1,128 @@
 """A run's folder: what it leaves behind, written so that a kill at any instant loses nothing that stood there."""
 
+import fcntl
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from .errors import RunFolderError
 from .methods import State
 
-CONFIG, METRICS, MODEL, CHECKPOINT, SUMMARY, JOURNAL = (
+RUN, DATASETS, CONFIG, METRICS, CHECKPOINT = (
+    "run.json",
+    "datasets.json",
     "config.toml",
     "metrics.jsonl",
-    "model.safetensors",
     "checkpoint.safetensors",
-    "summary.json",
-    "journal.db",
 )
-LEDGER = "ledger.db"
+MODEL, PERSONAL, SUMMARY, REPORT = "model.safetensors", "personal.safetensors", "summary.json", "report.html"
+LEDGER, JOURNAL, LOCK = "ledger.db", "journal.db", ".lock"
+
+
+class RunFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """run.json: what a run was started with and a resumed one must find again.
+
+    Args:
+        run: its id.
+        ledger: path of the ledger; relative to the folder if it stands inside.
+        noise_multiplier: σ/C; 0 without a claim.
+    """
+
+    run: str
+    ledger: str
+    noise_multiplier: float
+
+
+class Checkpoint(msgspec.Struct, frozen=True):
+    """Where a run stands between two rounds."""
+
+    next_round: int
+    server: State
+    sites: Mapping[str, State]
+    retired: Mapping[str, str]
 
 
 class RunFolder:
-    """One run's files.
-
-    Args:
-        path: the folder.
-
-    Raises:
-        RunFolderError: it holds another run already, or can not be written.
-    """
+    """One run's files."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @classmethod
-    def create(cls, path: Path, config: str) -> "RunFolder":
-        """A new folder with the effective configuration in it."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            remedy = "give another folder with --out"
-            if (path / CONFIG).exists():
-                remedy = (
-                    f"continue it with --resume {path}, or start a new run in another folder that counts what was "
-                    f"spent here: --out NEW --ledger {path / LEDGER}"
-                )
-            raise RunFolderError(f"{path} is not empty: nothing was changed; {remedy}")
+    def create(cls, path: Path, facts: RunFacts, config: str) -> "RunFolder":
+        """A new folder with the run's facts and its effective configuration.
+
+        Raises:
+            RunFolderError: something is there already, or it can not be written. Nothing was changed.
+        """
+        require_empty(path)
+        folder = cls(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            _replace(path / CONFIG, config.encode())
+            folder.write(RUN, msgspec.json.format(msgspec.json.encode(facts), indent=2).decode() + "\n")
+            folder.write(CONFIG, config)
         except OSError as error:
             raise RunFolderError(f"can not write to {path}: {error.strerror}") from None
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """The folder of a run that was started.
+
+        Raises:
+            RunFolderError: it is not one.
+        """
+        if not path.is_dir():
+            raise RunFolderError(f"there is no folder {path}")
+        for name in (RUN, CONFIG):
+            if not (path / name).is_file():
+                raise RunFolderError(f"{path} is not a run's folder: it has no {name}")
         return cls(path)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder for one process; the system lets go of it when the process ends, however it ends.
+
+        Raises:
+            RunFolderError: another process is at work in it.
+        """
+        with open(self.path / LOCK, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunFolderError(f"another process is running in {self.path}: wait for it or stop it") from None
+            yield
+
+    def facts(self) -> RunFacts:
+        """What the run was started with. Raises RunFolderError if run.json is damaged."""
+        try:
+            return msgspec.json.decode((self.path / RUN).read_bytes(), type=RunFacts)
+        except (msgspec.MsgspecError, OSError, UnicodeDecodeError) as error:
+            raise self._damaged(RUN, error) from None
+
+    def datasets(self, now: Mapping[str, str]) -> dict[str, str]:
+        """Site → keyed fingerprint of the records that the run began with; ``now`` if it begins now."""
+        path = self.path / DATASETS
+        if not path.exists():
+            if (self.path / CHECKPOINT).exists():
+                raise RunFolderError(f"{path} is missing: nothing tells which records the run began with")
+            self.write(DATASETS, msgspec.json.encode(now).decode() + "\n")
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=dict[str, str])
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise self._damaged(DATASETS, error) from None
+
+    def ledger(self) -> Path:
+        """Where the run's ledger is."""
+        return self.path / self.facts().ledger  # an absolute path stays itself
 
     def add_metrics(self, line: Mapping[str, Any]) -> None:
         """Append one round to metrics.jsonl, durably."""
@@ -61,36 +131,114 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
 
-    def save_checkpoint(self, state: State, *, run: str, next_round: int) -> None:
-        """The server's state and where the run stands, replacing the last one in one step."""
-        temporary = self.path / (CHECKPOINT + ".new")
-        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-        save_file(tensors, temporary, metadata={"run": run, "next_round": str(next_round)})
-        _settle(temporary, self.path / CHECKPOINT)
+    def metrics(self, rounds: int | None = None) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, of the first ``rounds`` rounds.
 
-    def load_checkpoint(self) -> tuple[State, str, int]:
-        """The state, the run's id and its next round.
+        A last line cut short by a kill is left out: its round is done again.
 
         Raises:
-            RunFolderError: there is none, or it is damaged.
+            RunFolderError: a line in the middle is damaged, or one of the first ``rounds`` is missing.
+        """
+        path = self.path / METRICS
+        texts = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+        whole = texts[:-1]  # what follows the last line end was cut short
+        lines = []
+        for number, text in enumerate(whole):
+            try:
+                line = json.loads(text)
+                if line["round"] != number:
+                    raise ValueError
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunFolderError(f"{path}: line {number + 1} is damaged ({type(error).__name__})") from None
+            lines.append(line)
+        if rounds is not None and len(lines) < rounds:
+            raise RunFolderError(f"{path} has {len(lines)} whole lines, the checkpoint stands at round {rounds}")
+        return lines[:rounds]
+
+    def keep_metrics(self, lines: list[dict[str, Any]]) -> None:
+        """Replace metrics.jsonl by ``lines``."""
+        self.write(METRICS, "".join(msgspec.json.encode(line).decode() + "\n" for line in lines))
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Where the run stands, replacing the last one in one step. For the owner alone: it holds personal models."""
+        tensors = {f"server/{name}": tensor for name, tensor in checkpoint.server.items()}
+        for site, state in checkpoint.sites.items():
+            tensors |= {f"site/{site}/{name}": tensor for name, tensor in state.items()}
+        facts = {"next_round": str(checkpoint.next_round), "retired": json.dumps(dict(checkpoint.retired))}
+        self.save_tensors(CHECKPOINT, tensors, facts)
+
+    def load_checkpoint(self) -> Checkpoint | None:
+        """Where the run stands; None before its first round ended.
+
+        Raises:
+            RunFolderError: it is damaged.
         """
         path = self.path / CHECKPOINT
+        if not path.exists():
+            return None
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-            return load_file(path), metadata["run"], int(metadata["next_round"])
+                facts = file.metadata() or {}
+            server: dict[str, Tensor] = {}
+            sites: dict[str, dict[str, Tensor]] = {}
+            for key, tensor in load_file(path).items():
+                owner, _, rest = key.partition("/")
+                if owner == "server":
+                    server[rest] = tensor
+                else:
+                    site, _, name = rest.rpartition("/")
+                    sites.setdefault(site, {})[name] = tensor
+            return Checkpoint(int(facts["next_round"]), server, sites, json.loads(facts["retired"]))
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise RunFolderError(f"{path} is not a checkpoint ({type(error).__name__}): nothing was changed") from None
+            raise self._damaged(CHECKPOINT, error) from None
+
+    def save_tensors(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
+        """Named tensors as a safetensors file (mode 0600), in one step."""
+        temporary = self.path / (name + ".new")
+        temporary.unlink(missing_ok=True)
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o600))
+        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, temporary, dict(facts))
+        _settle(temporary, self.path / name)
+
+    def load_tensors(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """A safetensors file's tensors and metadata.
+
+        Raises:
+            RunFolderError: it is not there (the run has not finished) or damaged.
+        """
+        path = self.path / name
+        if not path.exists():
+            raise RunFolderError(
+                f"{self.path} has no {name}: its run has not finished; go on with --resume {self.path}"
+            )
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = file.metadata() or {}
+            return load_file(path), facts
+        except (OSError, SafetensorError, ValueError) as error:
+            raise self._damaged(name, error) from None
 
     def write(self, name: str, text: str) -> None:
         """A whole text file, replaced in one step."""
-        _replace(self.path / name, text.encode())
+        temporary = self.path / (name + ".new")
+        temporary.write_text(text, encoding="utf-8")
+        _settle(temporary, self.path / name)
+
+    def _damaged(self, name: str, error: Exception) -> RunFolderError:
+        return RunFolderError(f"{self.path / name} is damaged ({type(error).__name__}): nothing was changed")
 
 
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_bytes(data)
-    _settle(temporary, path)
+def require_empty(path: Path) -> None:
+    """Raise `RunFolderError` unless ``path`` is new or an empty folder."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    remedy = "give another folder with --out"
+    if (path / RUN).exists():
+        remedy = (
+            f"continue its run with --resume {path}, or start a new one in another folder that counts what was spent "
+            f"here: --out NEW --ledger {path / LEDGER}"
+        )
+    raise RunFolderError(f"{path} is not empty: nothing was changed; {remedy}")
 
 
 def _settle(temporary: Path, path: Path) -> None:

@@ -1,10 +1,9 @@
 """Models as flat vectors."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
-from safetensors.torch import load, save, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
@@ -37,8 +36,3 @@ def decode(data: bytes) -> dict[str, Tensor]:
     if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
         raise ValueError("the model holds numbers that are not finite")
     return state
-
-
-def save_model(path: Path, model: nn.Module, metadata: Mapping[str, str]) -> None:
-    """The model's parameters by name, with string metadata, as a safetensors file."""
-    save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, path, metadata=dict(metadata))

@@ -112,6 +112,30 @@ class _Round:
     client: AggregationClient
 
 
+class _Replayable:
+    """A journal whose sessions stay replayable until the next one begins.
+
+    An answered round may have to be answered again, byte for byte, after a crash that lost the coordinator's last
+    round. The next round's begin, or `forget`, erases the seed.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal, self._last = journal, b""
+
+    def begin(self, sid: bytes, run: str, round: int, attempt: int) -> bytes:
+        return self._journal.begin(sid, run, round, attempt)
+
+    def answer(self, sid: bytes, step: str, request_digest: bytes, reply_digest: bytes) -> None:
+        self._journal.answer(sid, step, request_digest, reply_digest)
+
+    def finish(self, sid: bytes) -> None:
+        self._last = sid
+
+    def forget(self) -> None:
+        if self._last:
+            self._journal.finish(self._last)
+
+
 class Site:
     """A site's side of every round.
 
@@ -155,13 +179,32 @@ class Site:
         self._index = roster.index_of(identity.member.secagg_key)
         self._data, self._schema = data, schema
         self._dataset = data.fingerprint(fingerprint_key)
-        self._ledger, self._journal, self._accountant = ledger, journal, accountant
+        self._ledger, self._accountant = ledger, accountant
+        self._journal = _Replayable(journal)
         self._noise_key, self._insecure, self._policy = noise_key, insecure, policy
         self._run: tuple[str, Config, float] | None = None
         self._split: _Split | None = None
         self._private: State | None = None
         self._local_only: Tensor | None = None
         self._current: _Round | None = None
+
+    @property
+    def dataset(self) -> str:
+        """The keyed fingerprint under which the ledger books this site's records."""
+        return self._dataset
+
+    @property
+    def private_state(self) -> State:
+        """What this site keeps between rounds: its personal model and whatever else the method needs. Never leaves."""
+        return self._private or {}
+
+    def restore(self, private: State) -> None:
+        """Go on with the private state of an interrupted run."""
+        self._private = private or None
+
+    def close(self) -> None:
+        """The run is over: erase what could replay its last round."""
+        self._journal.forget()
 
     def handle(self, request: bytes) -> bytes:
         """The answer to one request. Never raises for what a peer sent: a refusal is an answer with its reason."""
@@ -202,9 +245,10 @@ class Site:
         reason = config.method.guarantee(config.privacy.unit, config.privacy.noise)
         if reason is not None:
             raise NoGuarantee(reason)
-        prior = self._ledger.charges(self.name, self._dataset)
-        expected = planned_charges(config, plan.noise_multiplier)
-        self._budget(config).ensure(self._accountant, prior, expected, site=self.name)
+        if not self._charged(plan):
+            prior = self._ledger.charges(self.name, self._dataset)
+            expected = planned_charges(config, plan.noise_multiplier)
+            self._budget(config).ensure(self._accountant, prior, expected, site=self.name)
         context = wire.context(message.plan, message.state)
         session = session_of(plan, context, len(state["theta"]))
 
@@ -298,8 +342,9 @@ class Site:
         """The plan and the model, if this site takes part in them at all."""
         plan = wire.decode_plan(plan_bytes)
         if self._run is None or self._run[0] != plan.run:
-            self._run, self._split = (plan.run, plan.config, plan.noise_multiplier), None
-            self._private, self._local_only = None, None
+            if self._run is not None:
+                self._split, self._private, self._local_only = None, None, None
+            self._run = (plan.run, plan.config, plan.noise_multiplier)
         if self._run[1:] != (plan.config, plan.noise_multiplier):
             raise PolicyRefusal("the configuration of a run must not change between its rounds")
         if plan.roster_version != self._roster.version:
@@ -315,6 +360,12 @@ class Site:
         if theta is None or theta.shape != (size,) or theta.dtype != torch.float32:
             raise wire.WireError(f"the model must be {size} float32 parameters for this site's table")
         return plan, state
+
+    def _charged(self, plan: wire.RoundPlan) -> bool:
+        """Whether this very attempt stands in the ledger: a process killed in it does it again, and pays once."""
+        key = (plan.run, plan.round, plan.attempt)
+        recorded = (line.entry for line in self._ledger.entries(self.name) if line.entry.kind == "charge")
+        return any((entry.run, entry.round, entry.attempt) == key for entry in recorded)
 
     def _budget(self, config: Config) -> Budget:
         limit = self._policy.max_epsilon or config.privacy.target_epsilon

@@ -10,6 +10,7 @@ from privfed.privacy.events import PrivacyUnit
 
 from . import wire
 from .config import Config
+from .errors import RunFolderError
 from .evaluation import Spread, fraction_hurt, spread
 from .federation import RoundReport
 
@@ -156,6 +157,31 @@ def summarize(
             aborted_rounds=sum(report.aborted is not None for report in reports),
         ),
     )
+
+
+def report_of(line: Mapping[str, Any]) -> RoundReport:
+    """The round that `metrics_line` wrote down.
+
+    Raises:
+        RunFolderError: the line is not one of ours.
+    """
+    try:
+        return RoundReport(
+            round=line["round"],
+            invited=tuple(line["invited"]),
+            contributed=tuple(line["contributed"]),
+            dropped={phase: tuple(sites) for phase, sites in line["dropped"].items()},
+            refused=line["refused"],
+            aborted=line["aborted"],
+            bytes_up=line["bytes_up_per_site"],
+            measurements={
+                name: msgspec.convert({"type": "measurement", **measured}, wire.Measurement)
+                for name, measured in line["sites"].items()
+            },
+            seconds=line["seconds"],
+        )
+    except (KeyError, TypeError, AttributeError, msgspec.ValidationError) as error:
+        raise RunFolderError(f"a line of metrics.jsonl is damaged ({type(error).__name__})") from None
 
 
 def metrics_line(run: str, report: RoundReport) -> dict[str, Any]:

@@ -19,6 +19,9 @@ def command(
     ledger: Annotated[
         Path | None, typer.Option("--ledger", help="Go on with this ledger: ε composes over runs.")
     ] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", help="Go on with the interrupted run in this folder.")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key: --set privacy.target_epsilon=2. Repeatable.")
     ] = None,
@@ -29,21 +32,31 @@ def command(
     """Train a federation privately and report utility beside ε."""
     from privfed import config_io
 
+    if resume is not None and (config or out or ledger or set_ or print_config):
+        raise typer.BadParameter("--resume takes the run's own configuration, folder and ledger: give it alone")
     settings = config_io.load_config(config, set_ or ())
     if print_config:
         typer.echo(config_io.to_toml(settings), nl=False)
         return
 
-    from privfed import api
+    from privfed import api, folder
 
     from .display import Display
 
+    if resume is None and out is not None:
+        folder.require_empty(out)  # before the waiting, not after it
     display = Display(to_stderr=json)
     with display.waiting("reading the records and calibrating the noise"):
-        prepared = api.prepare(settings)
+        if resume is not None:
+            prepared = api.prepare_resumed(resume)
+        else:
+            prepared = api.prepare(settings)
     display.start(prepared)
     with display:
-        result = api.run(settings, out=out, ledger=ledger, observer=display.round, prepared=prepared)
+        if resume is not None:
+            result = api.resume(resume, observer=display.round, prepared=prepared)
+        else:
+            result = api.run(settings, out=out, ledger=ledger, observer=display.round, prepared=prepared)
     if json:
         typer.echo(result.summary.to_json())
     display.finish(result)

@@ -261,8 +261,8 @@ def _read_parquet(path: Path, maximum_rows: int) -> pd.DataFrame:
 def _refuse_large(path: Path, count: int, maximum_rows: int) -> None:
     if count > maximum_rows:
         raise DataError(
-            f"{path} has more than {maximum_rows:,} rows: raise data.maximum_rows if this machine has the memory (about "
-            "1 GB for a million rows of 20 columns)"
+            f"{path} has more than {maximum_rows:,} rows: raise data.maximum_rows if this machine has the memory "
+            "(about 1 GB for a million rows of 20 columns)"
         )
 
 

@@ -1,0 +1,5 @@
+"""``python -m privfed``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,79 @@
+"""A whole consortium in one process: sites, identities and the engine between them."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from privfed.crypto.journal import SQLiteJournal
+from privfed.crypto.roster import FIRST_PREVIOUS, Identity, Roster
+from privfed.privacy import noise
+from privfed.privacy.accountant import Accountant
+from privfed.privacy.ledger import Ledger
+
+from .. import keyring
+from ..config import Config
+from ..data.records import Sites
+from ..engines.local import Engine, LocalEngine
+from ..site import Schema, Site
+from .faults import FaultyEngine
+
+
+@dataclass(frozen=True)
+class Consortium:
+    """Simulated sites and what a coordinator needs to reach them."""
+
+    sites: Mapping[str, Site]
+    roster: Roster
+    engine: Engine
+
+    def close(self) -> None:
+        """The run is over."""
+        for site in self.sites.values():
+            site.close()
+
+
+@contextmanager
+def open_consortium(
+    config: Config, data: Sites, schema: Schema, *, ledger: Path, journal: Path, accountant: Accountant
+) -> Iterator[Consortium]:
+    """Sites over the ledger at ``ledger``, whose key file gives each of them its own secrets.
+
+    The same ledger gives the same identities and noise keys again, so that an interrupted run goes on as itself.
+
+    Raises:
+        RunFolderError, PrivacyError: the ledger or its key can not be used.
+    """
+    key = keyring.ledger_key(ledger)
+    identities = {
+        site: Identity(
+            name=site,
+            secagg_private=keyring.site_key(key, site, "secagg"),
+            ledger_private=keyring.site_key(key, site, "ledger"),
+        )
+        for site in data.sites
+    }
+    members = tuple(identity.member for identity in identities.values())
+    roster = Roster(version=1, previous=FIRST_PREVIOUS, members=members)
+    seed = config.privacy.insecure_seed
+    with Ledger(ledger) as book:
+        sites = {
+            name: Site(
+                identity=identities[name],
+                roster=roster,
+                data=records,
+                schema=schema,
+                ledger=book,
+                journal=SQLiteJournal(journal, name),
+                fingerprint_key=keyring.site_key(key, name, "fingerprint"),
+                noise_key=keyring.site_key(key, name, "noise")
+                if seed is None
+                else noise.insecure_key(seed, name.encode()),
+                insecure=seed is not None,
+                policy=config.policy,
+                accountant=accountant,
+            )
+            for name, records in data.sites.items()
+        }
+        engine = FaultyEngine(LocalEngine(sites), config.simulation, seed=config.seed)
+        yield Consortium(sites, roster, engine)
