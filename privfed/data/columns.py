@@ -83,6 +83,19 @@ def encode(frame: pd.DataFrame, columns: Sequence[Column], *, missing: frozenset
     return np.column_stack([_encode_column(frame[column.name], column, missing) for column in columns])
 
 
+def unknown_values(frame: pd.DataFrame, columns: Sequence[Column], *, missing: frozenset[str]) -> tuple[str, ...]:
+    """One note a column whose texts are in no declared list; rows by number, never a value."""
+    notes = []
+    for column in columns:
+        if isinstance(column, Categorical):
+            text = canonical(frame[column.name])
+            listed = canonical(pd.Series([*column.values, *missing], dtype=str))
+            unknown = ~text.isin(listed).to_numpy(bool)
+            if unknown.any():
+                notes.append(f"column {column.name!r}: {rows(frame.index.to_numpy()[unknown])} hold no listed value")
+    return tuple(notes)
+
+
 def numbers(values: "pd.Series[str]", missing: frozenset[str]) -> NDArray[np.float64]:
     """float64[n] with NaN where a value is missing.
 

@@ -1,0 +1,70 @@
+"""New records through a finished run's model, with the preprocessing that the run declared."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from . import config_io, folder
+from .data.columns import encode, unknown_values
+from .data.tables import read_frame
+from .errors import ConfigError
+from .evaluation import outputs_of
+from .folder import RunFolder
+from .models import mlp
+from .parameters import to_vector
+
+_MAXIMUM_ROWS = 2_000_000
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the model says of each record.
+
+    Attributes:
+        table: row (from 1), prediction (class name), then one probability a class.
+        notes: what a user should know: values that the model has never been told about.
+    """
+
+    table: pd.DataFrame
+    notes: tuple[str, ...]
+
+
+def predict(run: Path | str, file: Path | str, *, site: str | None = None) -> Predictions:
+    """Predict the records of a table.
+
+    Args:
+        run: folder of a finished run.
+        file: CSV or Parquet with the run's input columns, in any order; further columns are ignored.
+        site: use this site's personal model instead of the global one.
+
+    Raises:
+        RunFolderError: the run has not finished or its folder is damaged.
+        DataError: the table can not be read, lacks a column, or holds text where a number belongs.
+        ConfigError: there is no such site.
+    """
+    home = RunFolder.open(Path(run))
+    config = config_io.load_config(home.path / folder.CONFIG)
+    tensors, facts = home.load_tensors(folder.MODEL)
+    inputs, classes = facts["inputs"].split("\n"), facts["classes"].split("\n")
+    model = mlp(len(inputs), config.model.hidden, len(classes), seed=config.seed)
+    model.load_state_dict(tensors)
+    theta = to_vector(model)
+    if site is not None:
+        personal, _ = home.load_tensors(folder.PERSONAL)
+        if site not in personal:
+            raise ConfigError(f"no site {site!r} in this run; its sites are {', '.join(map(repr, personal))}")
+        theta = personal[site]
+    columns = config.data.columns
+    names = [column.name for column in columns]
+    frame = read_frame(str(file), names, header=config.data.header, maximum_rows=_MAXIMUM_ROWS)
+    missing = frozenset(config.data.missing_values)
+    rows = torch.from_numpy(encode(frame, columns, missing=missing))
+    probabilities: NDArray[np.float32] = torch.softmax(outputs_of(model, theta, rows), dim=1).numpy()
+    table = pd.DataFrame({"row": frame.index, "prediction": np.array(classes)[probabilities.argmax(1)]})
+    for number, name in enumerate(classes):
+        table[f"p({name})"] = probabilities[:, number].round(6)
+    return Predictions(table, unknown_values(frame, columns, missing=missing))
