@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from .degree import degree_and_threshold
 from .digest import digest
 from .errors import RemoteProtocolError, SumOutOfRange
 from .packing import IntVector, decode
@@ -40,6 +41,38 @@ def default_colluders(n: int, threshold: int) -> int:
     return max(0, 2 * threshold - n - 1)
 
 
+COMPLETE_UP_TO = 128
+"""Clients up to which everyone masks with everyone: the graph for deployments, and cheap enough."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """The numbers of a masked session that follow from the size of its cohort; see `Session` for each."""
+
+    degree: int | None
+    threshold: int
+    minimum_cohort: int
+    colluders: int
+
+
+def default_parameters(n: int) -> Parameters:
+    """What a cohort of n clients uses unless it is told otherwise.
+
+    Up to 128 clients the complete graph. Above, the k-regular graph that tolerates a tenth of the clients colluding
+    with a server that may lie to them, and a tenth dropping out (Bell et al. 2020; `degree.degree_and_threshold`).
+    """
+    if n <= COMPLETE_UP_TO:
+        threshold = default_threshold(n)
+        return Parameters(
+            degree=None,
+            threshold=threshold,
+            minimum_cohort=default_minimum_cohort(threshold),
+            colluders=default_colluders(n, threshold),
+        )
+    degree, threshold = degree_and_threshold(n, corrupt=0.1, dropout=0.1)
+    return Parameters(degree=degree, threshold=threshold, minimum_cohort=n - n // 10, colluders=n // 10)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Session:
     """What every party of one attempt agrees on before a byte is sent.
@@ -54,6 +87,8 @@ class Session:
         threshold: t, shares needed to recover a secret.
         minimum_cohort: clients without whose inputs no sum is released.
         colluders: c, clients that may collude with the server without being able to split its view.
+        degree: k, other clients each masks with, even; None for all of them (the complete graph). Plain aggregation
+            has no use for it.
         context: a hash, by each party itself, of the exact plan bytes and of the model *it received*.
 
     Raises:
@@ -72,6 +107,7 @@ class Session:
     minimum_cohort: int
     colluders: int
     context: bytes
+    degree: int | None = None
 
     def __post_init__(self) -> None:
         n = len(self.cohort)
@@ -96,6 +132,8 @@ class Session:
             if not low <= value <= high:
                 limit = f" for a cohort of {n}; lower it or invite more clients" if high in (n, n - 1) else ""
                 raise ValueError(f"{name} must be in [{low}, {high}], got {value}{limit}")
+        if self.degree is not None and (self.degree % 2 or not 2 <= self.degree < n - 1):
+            raise ValueError(f"degree must be even and in [2, {n - 2}] for a cohort of {n}, or None, got {self.degree}")
         if self.bits > MAX_BITS:
             raise ValueError(
                 f"bound must keep 2·n·bound + 1 below 2^{MAX_BITS}, got {self.bound} for n = {n}; coarsen the scale"
@@ -132,6 +170,7 @@ def session_id(session: Session, roster_hash: bytes) -> bytes:
         session.threshold,
         session.minimum_cohort,
         session.colluders,
+        session.degree or 0,
     )
     return digest(
         "privfed/session/1",

@@ -12,8 +12,7 @@ def digest(label: str, *parts: bytes) -> bytes:
 
     **Guarantees**: injective encoding, so equal digests mean equal labels and parts (collision resistance of SHA-256).
     """
-    state = hashlib.sha256()
+    pieces: list[bytes] = []
     for part in (label.encode(), *parts):
-        state.update(len(part).to_bytes(8, "big"))
-        state.update(part)
-    return state.digest()
+        pieces += (len(part).to_bytes(8, "big"), part)
+    return hashlib.sha256(b"".join(pieces)).digest()

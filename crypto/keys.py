@@ -4,6 +4,8 @@ Keys are raw bytes: 32 for every key, 64 for a signature.
 Sources: RFC 7748 §5 and §6.1, RFC 5869, RFC 8439 §2.8, RFC 8032 §5.1.
 """
 
+from collections.abc import Callable
+
 from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -11,6 +13,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from .digest import digest
 from .errors import RemoteProtocolError
 
 KEY_BYTES = 32
@@ -21,22 +24,28 @@ TAG_BYTES = 16
 _NONCE = bytes(12)
 
 
-def exchange_public_key(private: bytes) -> bytes:
-    """The X25519 public key of a 32-byte private key (RFC 7748 §6.1)."""
-    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+class ExchangeKey:
+    """An X25519 private key, parsed once: parsing costs as much as an agreement (RFC 7748 §6.1). Its repr is bare."""
 
+    def __init__(self, private: bytes) -> None:
+        self._key = X25519PrivateKey.from_private_bytes(private)
 
-def agree(private: bytes, peer_public: bytes) -> bytes:
-    """The 32-byte X25519 shared secret.
+    @property
+    def public(self) -> bytes:
+        """The 32-byte public key."""
+        return self._key.public_key().public_bytes_raw()
 
-    Raises:
-        RemoteProtocolError: the peer's key has low order, so the secret would be all zeros and known to everyone
-            (RFC 7748 §6.1).
-    """
-    try:
-        return X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(peer_public))
-    except ValueError:
-        raise RemoteProtocolError("a peer's X25519 key is not valid") from None
+    def agree(self, peer_public: bytes) -> bytes:
+        """The 32-byte shared secret.
+
+        Raises:
+            RemoteProtocolError: the peer's key has low order, so the secret would be all zeros and known to everyone
+                (RFC 7748 §6.1).
+        """
+        try:
+            return self._key.exchange(X25519PublicKey.from_public_bytes(peer_public))
+        except ValueError:
+            raise RemoteProtocolError("a peer's X25519 key is not valid") from None
 
 
 def derive(secret: bytes, *, salt: bytes, info: bytes, size: int = KEY_BYTES) -> bytes:
@@ -71,6 +80,10 @@ def sign(private: bytes, statement: bytes) -> bytes:
     return Ed25519PrivateKey.from_private_bytes(private).sign(statement)
 
 
+Verify = Callable[[bytes, bytes, bytes], None]
+"""(public key, signature, statement): returns only if the signature is valid. `verify` is one."""
+
+
 def verify(public: bytes, signature: bytes, statement: bytes) -> None:
     """Returns only if the signature is valid.
 
@@ -81,3 +94,20 @@ def verify(public: bytes, signature: bytes, statement: bytes) -> None:
         Ed25519PublicKey.from_public_bytes(public).verify(signature, statement)
     except (InvalidSignature, ValueError):
         raise RemoteProtocolError("a signature does not verify") from None
+
+
+class MemoisedVerify:
+    """`verify` that remembers what it found valid: for simulations, in which one process plays every client.
+
+    There the n clients check the same n signatures; a party on its own gains nothing from it. Remembers 32 bytes a
+    signature for as long as it lives: make one for each round.
+    """
+
+    def __init__(self) -> None:
+        self._valid: set[bytes] = set()
+
+    def __call__(self, public: bytes, signature: bytes, statement: bytes) -> None:
+        question = digest("verified", public, signature, statement)
+        if question not in self._valid:
+            verify(public, signature, statement)
+            self._valid.add(question)

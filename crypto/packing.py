@@ -1,5 +1,7 @@
 """Signed integers ↔ residues modulo 2^w ↔ tightly packed wire bytes."""
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,14 +13,20 @@ from .prg import Words, word_dtype
 IntVector = npt.NDArray[np.signedinteger[Any]]
 """A one-dimensional vector of a signed integer dtype; `int64[dim]` where we make it."""
 
-# 64 words of w bits fill w lanes of 64 bits exactly, for every w.
-_GROUP = 64
-_GROUPS_PER_BLOCK = 1024  # 64 Ki words: both transposed blocks stay in cache
+_COLUMNS = 8192  # words worked on at a time: two rows and a scratch row stay in L1 or L2
+
+
+def _period(bits: int) -> tuple[int, int, int]:
+    """(words, lanes, width): `words` words of `bits` bits fill `lanes` lanes of `width` bits exactly."""
+    width = word_dtype(bits).itemsize * 8
+    common = math.gcd(bits, width)
+    return width // common, bits // common, width
 
 
 def packed_bytes(dim: int, bits: int) -> int:
-    """Bytes that `dim` words of `bits` bits take on the wire."""
-    return (dim * bits + 7) // 8
+    """Bytes that `dim` words of `bits` bits take on the wire: dim·bits/8 and less than 128 more."""
+    words, lanes, width = _period(bits)
+    return -(-dim // words) * lanes * width // 8
 
 
 def encode(vector: IntVector, *, dim: int, bound: int, bits: int) -> Words:
@@ -31,7 +39,7 @@ def encode(vector: IntVector, *, dim: int, bound: int, bits: int) -> Words:
         bits: width of the modulus; n·bound must fit (see `Session.bits`).
 
     Returns:
-        A new uint16[dim] or uint32[dim].
+        A new uint16[dim] or uint32[dim]; only the low `bits` bits of a word count.
 
     Raises:
         TypeError: not a numpy array of a signed integer dtype. Floats are never truncated silently.
@@ -44,37 +52,71 @@ def encode(vector: IntVector, *, dim: int, bound: int, bits: int) -> Words:
         raise TypeError(f"vector must be a numpy array of a signed integer dtype, got {found}; discretize it first")
     if vector.shape != (dim,):
         raise ValueError(f"vector must have shape ({dim},), got {vector.shape}")
-    # Compared from both sides: the absolute value of the most negative integer overflows.
-    if int(vector.max()) > bound or int(vector.min()) < -bound:
-        raise ValueError(f"vector holds a value beyond ±{bound}; saturate it before aggregation")
-    return (vector.astype(np.int64) & ((1 << bits) - 1)).astype(word_dtype(bits))
+    words = np.empty(dim, dtype=word_dtype(bits))
+    # Compared from both sides: the absolute value of the most negative integer overflows. By blocks, so that one pass
+    # over a long vector does all of it; casting to an unsigned word is reduction modulo 2^16 or 2^32.
+    for start in range(0, dim, _COLUMNS):
+        block = vector[start : start + _COLUMNS]
+        if block.max() > bound or block.min() < -bound:
+            raise ValueError(f"vector holds a value beyond ±{bound}; saturate it before aggregation")
+        np.copyto(words[start : start + _COLUMNS], block, casting="unsafe")
+    return words
 
 
 def decode(words: Words, bits: int) -> npt.NDArray[np.int64]:
     """int64[dim]: the balanced representatives, in [−2^(bits−1), 2^(bits−1)), of residues modulo 2^bits."""
-    values = words.astype(np.int64) & ((1 << bits) - 1)
-    values[values >= 1 << (bits - 1)] -= 1 << bits
+    spare = words.dtype.type(words.itemsize * 8 - bits)
+    signed = np.dtype(f"<i{words.itemsize}")
+    # Shifted up and down again as a signed number, the word's sign is that of its bit `bits − 1`.
+    values: npt.NDArray[np.int64] = ((words << spare).view(signed) >> signed.type(spare)).astype(np.int64)
     return values
 
 
 def pack(words: Words, bits: int) -> bytes:
-    """The low `bits` bits of every word, little-endian and without gaps; the last byte is padded with zeros."""
-    if bits == words.itemsize * 8:
+    """The low `bits` bits of every word without gaps, in the layout below; what higher bits hold is dropped.
+
+    With (m, l, L) = `_period(bits)` and G = ⌈dim/m⌉, the wire is l rows of G little-endian lanes of L bits. Column g
+    of them, read as one number of m·bits bits, holds the words g, G + g, …, (m−1)·G + g from the lowest bit up. So
+    each word position is a contiguous run on both sides, and packing is a few shifts of whole rows.
+    """
+    period, lanes, width = _period(bits)
+    if bits == width:
         return words.tobytes()
-    size, blocks = packed_bytes(len(words), bits), []
-    for start in range(0, len(words), _GROUP * _GROUPS_PER_BLOCK):
-        block = words[start : start + _GROUP * _GROUPS_PER_BLOCK]
-        groups = np.zeros(-(-len(block) // _GROUP) * _GROUP, dtype=np.uint64)
-        np.bitwise_and(block, words.dtype.type((1 << bits) - 1), out=groups[: len(block)], casting="safe")
-        columns = np.ascontiguousarray(groups.reshape(-1, _GROUP).T)
-        lanes = np.zeros((bits, columns.shape[1]), dtype=np.uint64)
-        for position in range(_GROUP):
-            lane, shift = divmod(position * bits, 64)
-            lanes[lane] |= columns[position] << np.uint64(shift)
-            if shift + bits > 64:
-                lanes[lane + 1] |= columns[position] >> np.uint64(64 - shift)
-        blocks.append(lanes.T.astype("<u8").tobytes())
-    return b"".join(blocks)[:size]
+    columns = -(-len(words) // period)
+    packed = np.zeros((lanes, columns), dtype=words.dtype)
+    mask = words.dtype.type((1 << bits) - 1)
+    low, part = np.empty(_COLUMNS, dtype=words.dtype), np.empty(_COLUMNS, dtype=words.dtype)
+    for start in range(0, columns, _COLUMNS):
+        for position, row in _rows(words, columns, start):
+            lane, shift = divmod(position * bits, width)
+            at = slice(start, start + len(row))
+            value, moved = low[: len(row)], part[: len(row)]
+            np.bitwise_and(row, mask, value)
+            if shift == 0:
+                packed[lane, at] = value
+                continue
+            np.left_shift(value, words.dtype.type(shift), moved)
+            packed[lane, at] |= moved
+            if shift + bits > width:
+                np.right_shift(value, words.dtype.type(width - shift), packed[lane + 1, at])
+    return packed.tobytes()
+
+
+def add_packed(total: Words, data: bytes, bits: int) -> None:
+    """total += the words of `pack`, modulo 2^bits: bits of `total` above the lowest `bits` mean nothing afterwards.
+
+    Raises:
+        RemoteProtocolError: wrong length, or padding that is not zero (two encodings of one vector). `total` is
+            unchanged then.
+    """
+    rows, width = _check_packed(data, len(total), bits)
+    part = np.empty(_COLUMNS, dtype=total.dtype)
+    spill = np.empty(_COLUMNS, dtype=total.dtype)
+    columns = rows.shape[1]
+    for start in range(0, columns, _COLUMNS):
+        for position, row in _rows(total, columns, start):
+            # Neighbours in the lane stay above the word's own bits, where they cannot reach down.
+            np.add(row, _lift(rows, position * bits, bits, width, start, part[: len(row)], spill[: len(row)]), row)
 
 
 def unpack(data: bytes, *, dim: int, bits: int) -> Words:
@@ -83,27 +125,43 @@ def unpack(data: bytes, *, dim: int, bits: int) -> Words:
     Raises:
         RemoteProtocolError: wrong length, or padding that is not zero (two encodings of one vector).
     """
+    words = np.zeros(dim, dtype=word_dtype(bits))
+    add_packed(words, data, bits)
+    words &= words.dtype.type((1 << bits) - 1)
+    return words
+
+
+def _rows(words: Words, columns: int, start: int) -> Iterator[tuple[int, Words]]:
+    """(position, its words from column `start` on, _COLUMNS at most); positions beyond the end have none."""
+    for position, first in enumerate(range(0, len(words), columns)):
+        row = words[first + start : min(first + start + _COLUMNS, first + columns)]
+        if len(row):
+            yield position, row
+
+
+def _lift(lanes: Words, bit: int, bits: int, width: int, start: int, part: Words, spill: Words) -> Words:
+    """The words that begin at `bit` of the columns from `start` on, with other words' bits above them."""
+    lane, shift = divmod(bit, width)
+    at, word = slice(start, start + len(part)), lanes.dtype.type
+    if shift == 0:
+        return lanes[lane, at]
+    np.right_shift(lanes[lane, at], word(shift), part)
+    if shift + bits > width:
+        np.left_shift(lanes[lane + 1, at], word(width - shift), spill)
+        np.bitwise_or(part, spill, part)
+    return part
+
+
+def _check_packed(data: bytes, dim: int, bits: int) -> tuple[Words, int]:
+    """The lanes and their width of a packed vector that has one form only."""
     if len(data) != packed_bytes(dim, bits):
         raise RemoteProtocolError(f"a packed vector must have {packed_bytes(dim, bits)} bytes, got {len(data)}")
-    if bits * dim % 8 and data[-1] >> (bits * dim % 8):
-        raise RemoteProtocolError("a packed vector has padding that is not zero")
-    words = np.empty(dim, dtype=word_dtype(bits))
-    if bits == words.itemsize * 8:
-        words[:] = np.frombuffer(data, dtype=words.dtype)
-        return words
-    mask = np.uint64((1 << bits) - 1)
-    block_bytes = _GROUPS_PER_BLOCK * bits * 8
-    for number, start in enumerate(range(0, len(data), block_bytes)):
-        chunk = data[start : start + block_bytes]
-        chunk = chunk.ljust(-(-len(chunk) // (8 * bits)) * 8 * bits, b"\0")
-        lanes = np.ascontiguousarray(np.frombuffer(chunk, dtype="<u8").reshape(-1, bits).T)
-        columns = np.empty((_GROUP, lanes.shape[1]), dtype=words.dtype)
-        for position in range(_GROUP):
-            lane, shift = divmod(position * bits, 64)
-            column = lanes[lane] >> np.uint64(shift)
-            if shift + bits > 64:
-                column |= lanes[lane + 1] << np.uint64(64 - shift)
-            columns[position] = column & mask
-        part = words[number * _GROUP * _GROUPS_PER_BLOCK :][: columns.size]
-        part[:] = columns.T.reshape(-1)[: len(part)]
-    return words
+    period, lanes, width = _period(bits)
+    rows: Words = np.frombuffer(data, dtype=word_dtype(bits)).reshape(lanes, -1)
+    columns, mask = rows.shape[1], word_dtype(bits).type((1 << bits) - 1)
+    for index in range(dim, period * columns):  # fewer than `period` of them, at the ends of the last rows
+        position, column = divmod(index, columns)
+        one = np.empty(1, dtype=rows.dtype)
+        if int(_lift(rows, position * bits, bits, width, column, one, one.copy())[0] & mask):
+            raise RemoteProtocolError("a packed vector has padding that is not zero")
+    return rows, width

@@ -4,6 +4,7 @@ A secret s is the constant term of a random polynomial f of degree t − 1; the 
 give s by Lagrange interpolation at 0; any t − 1 are uniform and independent of s. Shamir 1979.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,35 +23,42 @@ SHARE_BYTES = 4 * LIMBS
 MAX_THRESHOLD = 511
 
 
-def to_limbs(secret: bytes) -> Limbs:
-    """int64[10]: a 32-byte secret as little-endian limbs of 26 bits."""
-    if len(secret) != SECRET_BYTES:
-        raise ValueError(f"secret must have {SECRET_BYTES} bytes, got {len(secret)}")
-    number = int.from_bytes(secret, "little")
-    return np.array([number >> (LIMB_BITS * i) & ((1 << LIMB_BITS) - 1) for i in range(LIMBS)], dtype=np.int64)
+def to_limbs(secrets: Sequence[bytes]) -> Limbs:
+    """int64[10·m]: m secrets of 32 bytes, each as ten little-endian limbs of 26 bits."""
+    if any(len(secret) != SECRET_BYTES for secret in secrets):
+        raise ValueError(f"a secret must have {SECRET_BYTES} bytes, got {[len(secret) for secret in secrets]}")
+    numbers = [int.from_bytes(secret, "little") for secret in secrets]
+    limb = (1 << LIMB_BITS) - 1
+    return np.array([n >> (LIMB_BITS * i) & limb for n in numbers for i in range(LIMBS)], dtype=np.int64)
 
 
 def from_limbs(limbs: Limbs) -> bytes:
-    """The 32-byte secret of `to_limbs`.
+    """The 32-byte secret of ten limbs.
 
     Raises:
         ValueError: the limbs are not those of any 32-byte secret: the shares were not of one polynomial.
     """
-    if any(int(limb) >> LIMB_BITS for limb in limbs) or int(limbs[-1]) >> (256 - LIMB_BITS * (LIMBS - 1)):
+    numbers: list[int] = limbs.tolist()
+    if any(limb >> LIMB_BITS for limb in numbers) or numbers[-1] >> (256 - LIMB_BITS * (LIMBS - 1)):
         raise ValueError("the shares do not combine to a 32-byte secret")
-    return sum(int(limb) << (LIMB_BITS * i) for i, limb in enumerate(limbs)).to_bytes(SECRET_BYTES, "little")
+    return sum(limb << (LIMB_BITS * i) for i, limb in enumerate(numbers)).to_bytes(SECRET_BYTES, "little")
 
 
-def encode_share(share: Limbs) -> bytes:
-    """40 bytes: ten little-endian uint32."""
-    return share.astype("<u4").tobytes()
+def encode_shares(shares: Limbs) -> list[bytes]:
+    """Each row as little-endian uint32: 40 bytes for every secret in it."""
+    data, size = shares.astype("<u4").tobytes(), 4 * shares.shape[1]
+    return [data[start : start + size] for start in range(0, len(data), size)]
 
 
-def decode_share(data: bytes) -> Limbs:
-    """int64[10] of `encode_share`. Raises ValueError for a wrong length or a limb outside the field."""
-    if len(data) != SHARE_BYTES:
-        raise ValueError(f"a share must have {SHARE_BYTES} bytes, got {len(data)}")
-    limbs = np.frombuffer(data, dtype="<u4").astype(np.int64)
+def decode_shares(data: Sequence[bytes]) -> Limbs:
+    """int64[len(data), 10]: one secret's shares, a row each.
+
+    Raises:
+        ValueError: a wrong length or a limb outside the field.
+    """
+    if any(len(share) != SHARE_BYTES for share in data):
+        raise ValueError(f"a share must have {SHARE_BYTES} bytes, got {[len(share) for share in data]}")
+    limbs = np.frombuffer(b"".join(data), dtype="<u4").astype(np.int64).reshape(-1, LIMBS)
     if int(limbs.max()) >= PRIME:
         raise ValueError("a share holds a limb outside the field")
     return limbs
@@ -93,27 +101,39 @@ def split(secret: Limbs, *, points: Sequence[int], threshold: int, entropy: Entr
     return powers @ coefficients % prime
 
 
-def combine(shares: Limbs, *, points: Sequence[int], prime: int = PRIME) -> Limbs:
-    """The secret at 0 from exactly the shares given: pass t of them.
+def combine(shares: Limbs, *, weights: Limbs, prime: int = PRIME) -> Limbs:
+    """The secrets at 0 from exactly the shares given: pass t of them.
 
     Args:
-        shares: int64[t, m], row i for points[i]. Several secrets shared to the same points may stand side by side.
-        points: the t distinct points.
+        shares: int64[t, m], row i for the i-th point. Several secrets shared to the same points stand side by side.
+        weights: int64[t], what `weights_at_zero` gives for those points.
         prime: the field, prime² < 2^63.
 
     Returns:
         int64[m].
-
-    Raises:
-        ValueError: points that repeat or vanish, or not one row for each.
     """
-    _check_points(points, prime)
-    if len(shares) != len(points):
-        raise ValueError(f"shares must have one row for each of {len(points)} points, got {len(shares)}")
-    weights = np.array([_weight(points, x, prime) for x in points], dtype=np.int64)
     # Each product is reduced before summing: a prime above 2^27 leaves no room for more than one.
     combined: Limbs = (weights[:, None] * shares % prime).sum(axis=0) % prime
     return combined
+
+
+def weights_at_zero(points: Sequence[int], prime: int = PRIME) -> Limbs:
+    """int64[t]: Lagrange's coefficients at 0, Π z / (x · Π (z − x)) over all points z and over those other than x.
+
+    Raises:
+        ValueError: points that repeat or vanish.
+    """
+    _check_points(points, prime)
+    x = np.array(points, dtype=np.int64)
+    factors = (x[None, :] - x[:, None]) % prime
+    np.fill_diagonal(factors, x)
+    # Products of columns in pairs: log₂ t passes, every value below prime² < 2^63.
+    while factors.shape[1] > 1:
+        half = factors.shape[1] // 2
+        rest = factors[:, 2 * half :]
+        factors = np.concatenate([factors[:, :half] * factors[:, half : 2 * half] % prime, rest], axis=1)
+    everything = math.prod(points) % prime
+    return np.array([everything * pow(below, -1, prime) % prime for below in factors[:, 0].tolist()], dtype=np.int64)
 
 
 def uniform(entropy: Entropy, count: int, prime: int) -> Limbs:
@@ -124,16 +144,6 @@ def uniform(entropy: Entropy, count: int, prime: int) -> Limbs:
         draws = np.frombuffer(entropy(4 * (count - len(accepted))), dtype="<u4").astype(np.int64) & mask
         accepted = np.concatenate([accepted, draws[draws < prime]])
     return accepted
-
-
-def _weight(points: Sequence[int], x: int, prime: int) -> int:
-    """Lagrange's coefficient of point x at 0: Π z / (z − x) over the other points z."""
-    numerator = denominator = 1
-    for z in points:
-        if z != x:
-            numerator = numerator * z % prime
-            denominator = denominator * (z - x) % prime
-    return numerator * pow(denominator, -1, prime) % prime
 
 
 def _check_points(points: Sequence[int], prime: int) -> None:

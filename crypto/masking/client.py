@@ -9,11 +9,11 @@ import msgspec
 from .. import keys, merkle, shamir
 from ..aggregation import Session, VectorSource, session_id
 from ..errors import LocalProtocolError, RemoteProtocolError
-from ..graph import neighbours
+from ..graph import Graph, build
 from ..journal import Answers, Journal
 from ..packing import encode as to_residues
 from ..packing import pack
-from ..prg import Entropy, Masker, expand
+from ..prg import Entropy, add_masks, expand
 from ..roster import Identity, Roster
 from ..wire import decode, decode_indices, encode, encode_indices, records
 from . import messages as m
@@ -29,6 +29,8 @@ class MaskedClient:
         vector: the input, asked for once, after every check of the step that sends it. Exceptions from it propagate
             unchanged and leave the machine failed.
         journal: durable memory. All of the session's entropy is expanded from its seed.
+        threads: for the masks of a long vector; two take half the time of one where a core is idle.
+        verify: checks signatures; another than the default only where one process plays all clients.
 
     Raises:
         ValueError: a session that would protect nobody, or one this identity is not part of.
@@ -44,7 +46,15 @@ class MaskedClient:
     """
 
     def __init__(
-        self, *, session: Session, identity: Identity, roster: Roster, vector: VectorSource, journal: Journal
+        self,
+        *,
+        session: Session,
+        identity: Identity,
+        roster: Roster,
+        vector: VectorSource,
+        journal: Journal,
+        threads: int = 1,
+        verify: keys.Verify = keys.verify,
     ) -> None:
         m.check_session(session, roster)
         self._index = roster.index_of(identity.member.secagg_key)
@@ -54,6 +64,7 @@ class MaskedClient:
         self._session, self._identity, self._roster = session, identity, roster
         self._sid = session_id(session, roster.hash)
         self._vector, self._journal = vector, journal
+        self._threads, self._verify = threads, verify
         self._answers = Answers(journal, self._sid)
         self._most = m.largest_message(session)
         self._steps: dict[str, tuple[type[msgspec.Struct], Callable[[Any], msgspec.Struct]]] = {
@@ -100,22 +111,21 @@ class MaskedClient:
 
     def _forget(self) -> None:
         """Drops everything secret; also what a machine holds before it starts."""
-        self._seed = self._mask_private = self._box_private = self._self_mask = b""
-        self._th = self._dealers_bytes = self._survivors_bytes = b""
-        self._members: tuple[int, ...] = ()
+        self._seed = self._self_mask = self._th = self._dealers_bytes = self._survivors_bytes = b""
+        self._keys: dict[str, keys.ExchangeKey] = {}
+        self._graph = Graph((), None)
         self._dealers: tuple[int, ...] = ()
         self._survivors: tuple[int, ...] = ()
-        self._mask_keys: dict[int, bytes] = {}
+        self._mask_keys: dict[int, bytes] = {}  # neighbour → its public keys
         self._box_keys: dict[int, bytes] = {}
+        self._box_secrets: dict[int, bytes] = {}  # neighbour → what both directions' box keys come from
         self._held: dict[int, tuple[bytes, bytes]] = {}  # dealer → its b-share and its mask-key share
 
     def _advertise(self, request: m.Start) -> m.Advertise:
         session, sid = self._session, self._sid
         self._seed = self._journal.begin(sid, session.run, session.round, session.attempt)
-        self._mask_private = self._entropy("mask key")(keys.KEY_BYTES)
-        self._box_private = self._entropy("box key")(keys.KEY_BYTES)
-        mask_key = keys.exchange_public_key(self._mask_private)
-        box_key = keys.exchange_public_key(self._box_private)
+        self._keys = {purpose: keys.ExchangeKey(self._private(purpose)) for purpose in ("mask key", "box key")}
+        mask_key, box_key = (key.public for key in self._keys.values())
         statement = m.advertise_statement(sid, self._index, mask_key, box_key)
         return m.Advertise(sid=sid, mask_key=mask_key, box_key=box_key, signature=self._sign(statement))
 
@@ -123,26 +133,23 @@ class MaskedClient:
         # 1. Whose keys: a subset of the cohort, large enough, with this client's own keys unaltered in it.
         members = self._subset(request.members, of=self._session.cohort, what="members")
         advertisements = records(request.advertisements, len(members), m.ADVERTISEMENT_BYTES)
-        for member, advertisement in zip(members, advertisements, strict=True):
-            self._learn_keys(member, advertisement)
-        own = (self._mask_keys[self._index], self._box_keys[self._index])
-        if own != tuple(map(keys.exchange_public_key, (self._mask_private, self._box_private))):
+        advertised = {
+            member: self._check_advertisement(member, advertisement)
+            for member, advertisement in zip(members, advertisements, strict=True)
+        }
+        if advertised[self._index] != tuple(key.public for key in self._keys.values()):
             raise RemoteProtocolError("the server replaced this client's own keys")
-        if len({*self._mask_keys.values(), *self._box_keys.values()}) != 2 * len(members):
+        if len({key for pair in advertised.values() for key in pair}) != 2 * len(members):
             raise RemoteProtocolError("two of the advertised keys are the same")
-        self._members, self._th = members, m.transcript(self._sid, members, advertisements)
+        self._th = m.transcript(self._sid, members, advertisements)
+        self._graph = build(members, degree=self._session.degree, th=self._th)
+        holders = self._graph.neighbours(self._index)
+        self._mask_keys = {holder: advertised[holder][0] for holder in holders}
+        self._box_keys = {holder: advertised[holder][1] for holder in holders}
 
         # 2. Two secrets, split among the neighbours; one box for each but this client itself.
         self._self_mask = self._entropy("self mask")(shamir.SECRET_BYTES)
-        holders = neighbours(members, self._index)
-        pairs = [
-            a + b
-            for a, b in zip(
-                self._split(self._self_mask, holders, "self mask shares"),
-                self._split(self._mask_private, holders, "mask key shares"),
-                strict=True,
-            )
-        ]
+        pairs = self._split((self._self_mask, self._private("mask key")), holders)
         hashes = [self._hash_pair(self._index, holder, pair) for holder, pair in zip(holders, pairs, strict=True)]
         boxes = [
             b"" if holder == self._index else self._seal(holder, pair)
@@ -163,10 +170,11 @@ class MaskedClient:
 
     def _mask(self, request: m.Delivery) -> m.MaskedInput:
         # 1. Every dealing is as its dealer signed it; otherwise the server altered it.
-        dealers = self._subset(request.dealers, of=self._members, what="dealers")
+        dealers = self._subset(request.dealers, of=self._graph.ring, what="dealers")
         self._dealers, self._dealers_bytes = dealers, request.dealers
-        others = [n for n in neighbours(self._members, self._index) if n in dealers and n != self._index]
-        size = m.dealing_bytes(len(self._members))
+        present = set(dealers) - {self._index}
+        others = [neighbour for neighbour in self._graph.neighbours(self._index) if neighbour in present]
+        size = m.dealing_bytes(self._graph.size)
         complaints = []
         for dealer, dealing in zip(others, records(request.dealings, len(others), size), strict=True):
             hashes, box = self._check_dealing(dealer, dealing)
@@ -177,23 +185,25 @@ class MaskedClient:
                 complaints.append(dealer)
         if complaints:
             self._complained = True
-            return self._masked_input(b"", encode_indices(tuple(complaints)))
+            return self._masked_input(b"", encode_indices(tuple(sorted(complaints))))
         if len(self._held) < self._session.threshold:
             raise RemoteProtocolError("fewer shares than the threshold were delivered")
 
         # 3. y = x + PRG(b) + Σ ± PRG(s_ij) modulo 2^w, + where i > j. From here on only the input itself can fail.
-        session, masker = self._session, Masker()
+        session, mine = self._session, self._keys["mask key"]
         pair_keys = {
-            other: m.pair_mask_key(keys.agree(self._mask_private, self._mask_keys[other]), self._th, self._index, other)
-            for other in others
+            other: m.pair_mask_key(mine.agree(self._mask_keys[other]), self._th, self._index, other) for other in others
         }
         words = to_residues(self._vector(), dim=session.dim, bound=session.bound, bits=session.bits)
-        masker.add(words, m.self_mask_key(self._self_mask, self._th))
-        for other, key in pair_keys.items():
-            if self._index > other:
-                masker.add(words, key)
-            else:
-                masker.subtract(words, key)
+        add_masks(
+            words,
+            plus=[
+                m.self_mask_key(self._self_mask, self._th),
+                *(key for other, key in pair_keys.items() if self._index > other),
+            ],
+            minus=[key for other, key in pair_keys.items() if self._index < other],
+            threads=self._threads,
+        )
         return self._masked_input(pack(words, session.bits), b"")
 
     def _consent(self, request: m.Survivors) -> m.Consent:
@@ -202,24 +212,27 @@ class MaskedClient:
         return m.Consent(sid=self._sid, signature=self._sign(self._view()))
 
     def _reveal(self, request: m.Reveal) -> m.Shares:
-        signers = decode_indices(request.signers)
-        quorum = m.view_quorum(len(self._members), self._session.colluders)
-        if not set(signers) <= set(self._survivors) or len(signers) < quorum:
+        signers, survivors = decode_indices(request.signers), set(self._survivors)
+        quorum = m.view_quorum(len(self._graph.ring), self._session.colluders)
+        if not set(signers) <= survivors or len(signers) < quorum:
             raise RemoteProtocolError(f"{quorum} survivors must have signed this view, got {len(signers)}")
-        for signer, signature in zip(
-            signers, records(request.signatures, len(signers), keys.SIGNATURE_BYTES), strict=True
-        ):
-            keys.verify(self._roster.members[signer].secagg_key, signature, self._view())
+        signatures, view = records(request.signatures, len(signers), keys.SIGNATURE_BYTES), self._view()
+        for signer, signature in zip(signers, signatures, strict=True):
+            self._verify(self._roster.members[signer].secagg_key, signature, view)
         # One kind of share for each dealer, never both: both would open its input alone.
-        survivors = set(self._survivors)
+        dealers = [neighbour for neighbour in self._graph.neighbours(self._index) if neighbour in self._held]
         return m.Shares(
             sid=self._sid,
-            self_mask=b"".join(self._held[dealer][0] for dealer in self._dealers if dealer in survivors),
-            mask_key=b"".join(self._held[dealer][1] for dealer in self._dealers if dealer not in survivors),
+            self_mask=b"".join(self._held[dealer][0] for dealer in dealers if dealer in survivors),
+            mask_key=b"".join(self._held[dealer][1] for dealer in dealers if dealer not in survivors),
         )
 
     def _entropy(self, label: str) -> Entropy:
         return expand(self._seed, session_id=self._sid, label=label)
+
+    def _private(self, purpose: str) -> bytes:
+        """An X25519 private key of this session: derived again when needed, so that its bytes are not kept."""
+        return self._entropy(purpose)(keys.KEY_BYTES)
 
     def _sign(self, statement: bytes) -> bytes:
         return keys.sign(self._identity.secagg_private, statement)
@@ -227,28 +240,30 @@ class MaskedClient:
     def _subset(self, data: bytes, *, of: tuple[int, ...], what: str) -> tuple[int, ...]:
         """Checked indices: from `of`, this client among them, no fewer than the quorum."""
         indices = decode_indices(data)
-        if not set(indices) <= set(of) or self._index not in indices:
+        if not set(indices).issubset(of) or self._index not in indices:
             raise RemoteProtocolError(f"{what} must be of the step before and include this client")
         if len(indices) < self._session.quorum:
             raise RemoteProtocolError(f"{len(indices)} {what} are fewer than the {self._session.quorum} agreed on")
         return indices
 
-    def _learn_keys(self, member: int, advertisement: bytes) -> None:
+    def _check_advertisement(self, member: int, advertisement: bytes) -> tuple[bytes, bytes]:
+        """A member's mask and box keys, under its signature."""
         advertised = decode(advertisement, m.Advertise, most=m.ADVERTISEMENT_BYTES)
         if advertised.sid != self._sid:
             raise RemoteProtocolError("an advertisement is of another session")
         statement = m.advertise_statement(self._sid, member, advertised.mask_key, advertised.box_key)
-        keys.verify(self._roster.members[member].secagg_key, advertised.signature, statement)
-        self._mask_keys[member], self._box_keys[member] = advertised.mask_key, advertised.box_key
+        self._verify(self._roster.members[member].secagg_key, advertised.signature, statement)
+        return advertised.mask_key, advertised.box_key
 
-    def _split(self, secret: bytes, holders: tuple[int, ...], label: str) -> list[bytes]:
+    def _split(self, secrets: tuple[bytes, bytes], holders: tuple[int, ...]) -> list[bytes]:
+        """For each holder its share of the one secret and of the other."""
         shares = shamir.split(
-            shamir.to_limbs(secret),
+            shamir.to_limbs(secrets),
             points=[holder + 1 for holder in holders],
             threshold=self._session.threshold,
-            entropy=self._entropy(label),
+            entropy=self._entropy("shares"),
         )
-        return [shamir.encode_share(share) for share in shares]
+        return shamir.encode_shares(shares)
 
     def _hash_pair(self, dealer: int, holder: int, pair: bytes) -> bytes:
         self_mask, mask_key = _halves(pair)
@@ -257,21 +272,26 @@ class MaskedClient:
         )
 
     def _seal(self, holder: int, pair: bytes) -> bytes:
-        secret = keys.agree(self._box_private, self._box_keys[holder])
-        key = m.box_key(secret, self._th, self._index, holder)
+        key = m.box_key(self._box_secret(holder), self._th, self._index, holder)
         return keys.seal(key, pair, bound_to=m.box_context(self._sid, self._th, self._index, holder))
+
+    def _box_secret(self, other: int) -> bytes:
+        """Agreed once, for the box to the other and the box from it."""
+        if other not in self._box_secrets:
+            self._box_secrets[other] = self._keys["box key"].agree(self._box_keys[other])
+        return self._box_secrets[other]
 
     def _check_dealing(self, dealer: int, dealing: bytes) -> tuple[bytes, bytes]:
         """This client's hash pair and box of one dealing, proved to be under the dealer's signature."""
         commitment, signature, hashes, siblings, box = m.split_dealing(dealing)
-        position = neighbours(self._members, dealer).index(self._index)
+        position = self._graph.position(dealer, self._index)
         root = merkle.root_from_path(m.leaf(hashes, box), position, siblings)
         statement = m.deal_statement(self._sid, self._th, dealer, commitment, root)
-        keys.verify(self._roster.members[dealer].secagg_key, signature, statement)
+        self._verify(self._roster.members[dealer].secagg_key, signature, statement)
         return hashes, box
 
     def _open(self, dealer: int, hashes: bytes, box: bytes) -> tuple[bytes, bytes]:
-        key = m.box_key(keys.agree(self._box_private, self._box_keys[dealer]), self._th, dealer, self._index)
+        key = m.box_key(self._box_secret(dealer), self._th, dealer, self._index)
         pair = keys.open_sealed(key, box, bound_to=m.box_context(self._sid, self._th, dealer, self._index))
         if self._hash_pair(dealer, self._index, pair) != hashes:
             raise RemoteProtocolError("a share is not the one its dealer signed")

@@ -6,7 +6,7 @@ Bonawitz et al. 2017, Figure 4, with the changes of design/crypto.md §2. Lists 
 
 import msgspec
 
-from .. import keys, merkle, shamir
+from .. import degree, keys, merkle, shamir
 from ..aggregation import Session
 from ..digest import digest
 from ..packing import packed_bytes
@@ -144,15 +144,20 @@ def check_session(session: Session, roster: Roster) -> None:
     n, t, c = len(session.cohort), session.threshold, session.colluders
     if session.cohort[-1] >= len(roster.members):
         raise ValueError(f"cohort names client {session.cohort[-1]}, the roster has {len(roster.members)} members")
-    if not n < 2 * t:
-        # With half the cohort or fewer, a server could collect both kinds of share of one client from two groups.
-        raise ValueError(f"threshold must be above half the cohort of {n}, got {t}; use default_threshold({n})")
     if not 2 <= t <= shamir.MAX_THRESHOLD:
         raise ValueError(f"threshold must be in [2, {shamir.MAX_THRESHOLD}], got {t}; split a larger cohort")
     if session.minimum_cohort < 2:
         raise ValueError("minimum_cohort must be at least 2 (3 hides inputs from each other), got 1")
-    if not c < t or view_quorum(n, c) > n:
-        raise ValueError(f"colluders must be below the threshold and at most n − 2 = {n - 2}, got {c}")
+    if view_quorum(n, c) > n:
+        raise ValueError(f"colluders must be at most n − 2 = {n - 2}, got {c}")
+    if session.degree is not None:
+        degree.check(n, degree=session.degree, threshold=t, colluders=c, minimum_cohort=session.minimum_cohort)
+        return
+    if not n < 2 * t:
+        # With half the cohort or fewer, a server could collect both kinds of share of one client from two groups.
+        raise ValueError(f"threshold must be above half the cohort of {n}, got {t}; use default_threshold({n})")
+    if not c < t:
+        raise ValueError(f"colluders must be below the threshold {t}, got {c}")
 
 
 def view_quorum(members: int, colluders: int) -> int:

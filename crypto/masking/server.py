@@ -1,6 +1,7 @@
 """The server of `secagg/1`: relays keys and sealed shares, adds masked inputs as they come, removes the masks last."""
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -9,15 +10,23 @@ import numpy as np
 from .. import keys, merkle, shamir
 from ..aggregation import AggregationResult, Session, session_id, signed_total
 from ..errors import FaultyDealer, LocalProtocolError, RemoteProtocolError, ThresholdNotMet
-from ..graph import neighbours
-from ..packing import unpack
-from ..prg import Masker, word_dtype
+from ..graph import Graph, build
+from ..packing import add_packed
+from ..prg import add_masks, word_dtype
 from ..roster import Roster
 from ..wire import decode, decode_indices, encode, encode_indices, records
 from . import messages as m
 
-# Any scalar shows a low-order key: it gives zero with all of them (RFC 7748 §6.1).
-_PROBE = b"\1" * keys.KEY_BYTES
+
+@dataclass(kw_only=True, slots=True)
+class _Dealing:
+    """What the server keeps of one client's `Deal`; lists are in neighbour order, boxes only until they are sent."""
+
+    commitment: bytes
+    signature: bytes
+    hashes: list[bytes]
+    boxes: list[bytes]
+    tree: list[list[bytes]]
 
 
 class MaskedServer:
@@ -26,21 +35,28 @@ class MaskedServer:
     Args:
         session: what it asks for; every client computes its own and a difference ends the talk.
         roster: public keys of the clients.
+        threads: for taking the masks off a long vector; two take half the time of one where a core is idle.
+        verify: checks signatures; another than the default only where one process plays all clients.
 
     Raises:
         ValueError: a session in which masks would protect nobody.
 
     **Guarantees**: ends with the exact sum over `contributors`, or a typed error and no sum. A bad reply changes
     nothing. A bad share is named by the hash its dealer signed, a bad dealer by its commitment or advertised key.
-    Memory for inputs is one vector. Not promised: detection of a false but in-range input.
+    Memory for inputs is one vector, however many come. Not promised: detection of a false but in-range input.
     """
 
-    def __init__(self, *, session: Session, roster: Roster) -> None:
+    def __init__(
+        self, *, session: Session, roster: Roster, threads: int = 1, verify: keys.Verify = keys.verify
+    ) -> None:
         m.check_session(session, roster)
         self.phase = "ready"
         self.waiting: frozenset[int] = frozenset()
         self._session, self._roster = session, roster
         self._sid = session_id(session, roster.hash)
+        self._threads, self._verify_signature = threads, verify
+        # Any private key shows a public one of low order: it gives zero with all of them (RFC 7748 §6.1).
+        self._probe = keys.ExchangeKey(b"\1" * keys.KEY_BYTES)
         self._most = m.largest_message(session)
         self._steps: dict[
             str, tuple[type[msgspec.Struct], Callable[[int, Any, bytes], None], Callable[[], dict[int, bytes]]]
@@ -106,8 +122,9 @@ class MaskedServer:
         """Drops everything gathered; also what a machine holds before it starts."""
         self._th = self._dealers_bytes = self._view = b""
         self._advertisements: dict[int, tuple[bytes, m.Advertise]] = {}
-        self._members: tuple[int, ...] = ()
-        self._deals: dict[int, m.Deal] = {}
+        self._advertised: set[bytes] = set()
+        self._graph = Graph((), None)
+        self._deals: dict[int, _Dealing] = {}
         self._dealers: tuple[int, ...] = ()
         self._complaints: dict[int, set[int]] = {}
         self._survivors: tuple[int, ...] = ()
@@ -129,86 +146,94 @@ class MaskedServer:
 
     def _needed(self, stage: str) -> int:
         if stage == m.CONSISTENCY:
-            return m.view_quorum(len(self._members), self._session.colluders)
+            return self._view_quorum()
         return self._session.threshold if stage == m.UNMASK else self._session.quorum
 
+    def _view_quorum(self) -> int:
+        return m.view_quorum(len(self._graph.ring), self._session.colluders)
+
     def _verify(self, client: int, signature: bytes, statement: bytes) -> None:
-        keys.verify(self._roster.members[client].secagg_key, signature, statement)
+        self._verify_signature(self._roster.members[client].secagg_key, signature, statement)
 
     # Each _take_* checks everything before it stores anything, so that a bad reply leaves no trace.
 
     def _take_advertisement(self, client: int, reply: m.Advertise, message: bytes) -> None:
         self._verify(client, reply.signature, m.advertise_statement(self._sid, client, reply.mask_key, reply.box_key))
-        taken = {key for _, other in self._advertisements.values() for key in (other.mask_key, other.box_key)}
-        if reply.mask_key == reply.box_key or {reply.mask_key, reply.box_key} & taken:
+        offered = (reply.mask_key, reply.box_key)
+        if reply.mask_key == reply.box_key or not self._advertised.isdisjoint(offered):
             raise RemoteProtocolError(f"client {client} advertised a key that is taken")
-        for key in (reply.mask_key, reply.box_key):
-            keys.agree(_PROBE, key)
+        for key in offered:
+            self._probe.agree(key)
         self._advertisements[client] = (message, reply)
+        self._advertised.update(offered)
 
     def _send_members(self) -> dict[int, bytes]:
-        self._members = self._answered()
-        received = [self._advertisements[member][0] for member in self._members]
-        self._th = m.transcript(self._sid, self._members, received)
-        request = m.Members(sid=self._sid, members=encode_indices(self._members), advertisements=b"".join(received))
-        return dict.fromkeys(self._members, encode(request))
+        members = self._answered()
+        received = [self._advertisements[member][0] for member in members]
+        self._th = m.transcript(self._sid, members, received)
+        self._graph = build(members, degree=self._session.degree, th=self._th)
+        request = m.Members(sid=self._sid, members=encode_indices(members), advertisements=b"".join(received))
+        return dict.fromkeys(members, encode(request))
 
     def _take_deal(self, client: int, reply: m.Deal, message: bytes) -> None:
-        holders = neighbours(self._members, client)
-        hashes = records(reply.hashes, len(holders), m.HASH_PAIR_BYTES)
-        records(reply.boxes, len(holders) - 1, m.BOX_BYTES)
+        hashes = records(reply.hashes, self._graph.size, m.HASH_PAIR_BYTES)
+        boxes = records(reply.boxes, self._graph.size - 1, m.BOX_BYTES)
         if len(reply.commitment) != m.COMMITMENT_BYTES:
             raise RemoteProtocolError(f"client {client} sent a commitment of the wrong size")
-        leaves = [m.leaf(pair, self._box(reply, client, holder)) for holder, pair in zip(holders, hashes, strict=True)]
-        root = merkle.tree(leaves)[-1][0]
-        self._verify(client, reply.signature, m.deal_statement(self._sid, self._th, client, reply.commitment, root))
-        self._deals[client] = reply
-
-    def _box(self, deal: m.Deal, dealer: int, holder: int) -> bytes:
-        """The sealed box from dealer to holder; empty for the dealer itself, for whom none is sent."""
-        if dealer == holder:
-            return b""
-        others = [other for other in neighbours(self._members, dealer) if other != dealer]
-        start = others.index(holder) * m.BOX_BYTES
-        return deal.boxes[start : start + m.BOX_BYTES]
-
-    def _hash_pair(self, dealer: int, holder: int) -> bytes:
-        start = neighbours(self._members, dealer).index(holder) * m.HASH_PAIR_BYTES
-        return self._deals[dealer].hashes[start : start + m.HASH_PAIR_BYTES]
+        boxes.insert(self._graph.position(client, client), b"")  # none is sent for the dealer itself
+        tree = merkle.tree([m.leaf(pair, box) for pair, box in zip(hashes, boxes, strict=True)])
+        statement = m.deal_statement(self._sid, self._th, client, reply.commitment, tree[-1][0])
+        self._verify(client, reply.signature, statement)
+        self._deals[client] = _Dealing(
+            commitment=reply.commitment, signature=reply.signature, hashes=hashes, boxes=boxes, tree=tree
+        )
 
     def _send_deliveries(self) -> dict[int, bytes]:
         self._dealers = self._answered()
         self._dealers_bytes = encode_indices(self._dealers)
-        dealings: dict[int, list[bytes]] = {holder: [] for holder in self._dealers}
-        for dealer in self._dealers:
-            deal, holders = self._deals[dealer], neighbours(self._members, dealer)
-            boxes = {holder: self._box(deal, dealer, holder) for holder in holders}
-            levels = merkle.tree([m.leaf(self._hash_pair(dealer, holder), boxes[holder]) for holder in holders])
-            for position, holder in enumerate(holders):
-                if holder in dealings and holder != dealer:
-                    dealings[holder].append(
-                        deal.commitment
-                        + deal.signature
-                        + self._hash_pair(dealer, holder)
-                        + merkle.path(levels, position)
-                        + boxes[holder]
-                    )
-        return {
-            holder: encode(m.Delivery(sid=self._sid, dealers=self._dealers_bytes, dealings=b"".join(parts)))
-            for holder, parts in dealings.items()
+        requests = {
+            holder: encode(
+                m.Delivery(
+                    sid=self._sid,
+                    dealers=self._dealers_bytes,
+                    dealings=b"".join(
+                        self._dealing(dealer, holder)
+                        for dealer in self._graph.neighbours(holder)
+                        if dealer in self._deals and dealer != holder
+                    ),
+                )
+            )
+            for holder in self._dealers
         }
+        for deal in self._deals.values():
+            deal.boxes, deal.tree = [], []
+        return requests
+
+    def _dealing(self, dealer: int, holder: int) -> bytes:
+        """What `holder` gets of the dealer's `Deal`: its own part and the proof that the dealer signed it."""
+        deal, position = self._deals[dealer], self._graph.position(dealer, holder)
+        return b"".join(
+            (
+                deal.commitment,
+                deal.signature,
+                deal.hashes[position],
+                merkle.path(deal.tree, position),
+                deal.boxes[position],
+            )
+        )
 
     def _take_masked_input(self, client: int, reply: m.MaskedInput, message: bytes) -> None:
         statement = m.masked_statement(self._sid, self._th, client, self._dealers_bytes, reply.masked, reply.complaints)
         self._verify(client, reply.signature, statement)
         if reply.complaints:
             accused = decode_indices(reply.complaints)
-            if reply.masked or client in accused or not set(accused) <= set(self._dealers):
+            possible = (set(self._graph.neighbours(client)) & set(self._dealers)) - {client}
+            if reply.masked or not possible.issuperset(accused):
                 raise RemoteProtocolError(f"client {client} sent a complaint that no honest client sends")
             for dealer in accused:
                 self._complaints.setdefault(dealer, set()).add(client)
             return
-        self._total += unpack(reply.masked, dim=self._session.dim, bits=self._session.bits)
+        add_packed(self._total, reply.masked, self._session.bits)
         self._inputs.add(client)
 
     def _send_survivors(self) -> dict[int, bytes]:
@@ -222,63 +247,75 @@ class MaskedServer:
         self._consents[client] = reply.signature
 
     def _send_consents(self) -> dict[int, bytes]:
-        signers = self._answered()
+        # No more than each client must check: a signature costs it more than the masks of a small model.
+        consented = self._answered()
+        signers = consented[: self._view_quorum()]
         request = m.Reveal(
             sid=self._sid,
             signers=encode_indices(signers),
             signatures=b"".join(self._consents[signer] for signer in signers),
         )
-        return dict.fromkeys(signers, encode(request))
+        return dict.fromkeys(consented, encode(request))
 
     def _take_shares(self, client: int, reply: m.Shares, message: bytes) -> None:
-        gone = [dealer for dealer in self._dealers if dealer not in self._inputs]
-        shares = dict(
-            zip(self._survivors, records(reply.self_mask, len(self._survivors), shamir.SHARE_BYTES), strict=True)
-        )
-        shares |= zip(gone, records(reply.mask_key, len(gone), shamir.SHARE_BYTES), strict=True)
-        for dealer, share in shares.items():
-            pair = self._hash_pair(dealer, client)
-            if dealer in self._inputs:
-                kind, signed = m.SELF_MASK, pair[: m.HASH_BYTES]
-            else:
-                kind, signed = m.MASK_KEY, pair[m.HASH_BYTES :]
-            if m.share_hash(self._sid, kind, dealer, client, share) != signed:
-                raise RemoteProtocolError(f"client {client} sent a share of dealer {dealer} that is not the one dealt")
-        self._shares[client] = shares
+        dealers = [dealer for dealer in self._graph.neighbours(client) if dealer in self._deals]
+        kept = [dealer for dealer in dealers if dealer in self._inputs]
+        gone = [dealer for dealer in dealers if dealer not in self._inputs]
+        self_masks = records(reply.self_mask, len(kept), shamir.SHARE_BYTES)
+        mask_keys = records(reply.mask_key, len(gone), shamir.SHARE_BYTES)
+        for dealer, share in zip(kept, self_masks, strict=True):
+            self._check_share(dealer, client, m.SELF_MASK, share, slice(None, m.HASH_BYTES))
+        for dealer, share in zip(gone, mask_keys, strict=True):
+            self._check_share(dealer, client, m.MASK_KEY, share, slice(m.HASH_BYTES, None))
+        self._shares[client] = dict(zip(kept + gone, self_masks + mask_keys, strict=True))
+
+    def _check_share(self, dealer: int, holder: int, kind: bytes, share: bytes, which: slice) -> None:
+        signed = self._deals[dealer].hashes[self._graph.position(dealer, holder)][which]
+        if m.share_hash(self._sid, kind, dealer, holder, share) != signed:
+            raise RemoteProtocolError(f"client {holder} sent a share of dealer {dealer} that is not the one dealt")
 
     def _finish(self) -> dict[int, bytes]:
         """Recovers b of every survivor and the mask key of everyone who went, checks both, removes their masks."""
-        holders = self._answered()[: self._session.threshold]
-        masker = Masker()
-        for dealer in self._dealers:
-            secret = self._recover(dealer, holders)
+        plus: list[bytes] = []
+        minus: list[bytes] = []
+        for dealer, secret in self._recover().items():
             if dealer in self._inputs:
                 if m.self_mask_commitment(self._sid, dealer, secret) != self._deals[dealer].commitment:
                     raise FaultyDealer(stage=m.UNMASK, accusers={dealer: ()})
-                masker.subtract(self._total, m.self_mask_key(secret, self._th))
-            else:
-                if keys.exchange_public_key(secret) != self._advertisements[dealer][1].mask_key:
-                    raise FaultyDealer(stage=m.UNMASK, accusers={dealer: ()})
-                self._remove_pair_masks(masker, dealer, secret)
+                minus.append(m.self_mask_key(secret, self._th))
+                continue
+            key = keys.ExchangeKey(secret)
+            if key.public != self._advertisements[dealer][1].mask_key:
+                raise FaultyDealer(stage=m.UNMASK, accusers={dealer: ()})
+            # What its surviving neighbours added for it is still in the sum: its own, opposite masks never came.
+            for survivor in self._graph.neighbours(dealer):
+                if survivor in self._inputs:
+                    shared = key.agree(self._advertisements[survivor][1].mask_key)
+                    mask = m.pair_mask_key(shared, self._th, dealer, survivor)
+                    (minus if survivor > dealer else plus).append(mask)
+        add_masks(self._total, plus=plus, minus=minus, threads=self._threads)
         total = signed_total(self._total, self._session, len(self._survivors))
         self._result = AggregationResult(total=total, contributors=self._survivors, dropped=dict(self._dropped))
         self._forget()
         return {}
 
-    def _recover(self, dealer: int, holders: tuple[int, ...]) -> bytes:
+    def _recover(self) -> dict[int, bytes]:
+        """Every dealer's one secret, from t of its holders."""
+        threshold = self._session.threshold
+        holders = {
+            dealer: tuple(holder for holder in self._graph.neighbours(dealer) if holder in self._shares)[:threshold]
+            for dealer in self._dealers
+        }
+        fewest = min(map(len, holders.values()))
+        if fewest < threshold:
+            raise ThresholdNotMet(stage=m.UNMASK, needed=threshold, have=fewest)
+        weights = {group: shamir.weights_at_zero([holder + 1 for holder in group]) for group in set(holders.values())}
+        return {dealer: self._combine(dealer, group, weights[group]) for dealer, group in holders.items()}
+
+    def _combine(self, dealer: int, holders: tuple[int, ...], weights: shamir.Limbs) -> bytes:
         try:
             # Every share has its signed hash: if together they give no secret, the dealer dealt them so.
-            shares = np.stack([shamir.decode_share(self._shares[holder][dealer]) for holder in holders])
-            return shamir.from_limbs(shamir.combine(shares, points=[holder + 1 for holder in holders]))
+            shares = shamir.decode_shares([self._shares[holder][dealer] for holder in holders])
+            return shamir.from_limbs(shamir.combine(shares, weights=weights))
         except ValueError:
             raise FaultyDealer(stage=m.UNMASK, accusers={dealer: ()}) from None
-
-    def _remove_pair_masks(self, masker: Masker, gone: int, mask_private: bytes) -> None:
-        """Removes from the sum what the survivors added for a client whose own, opposite masks never came."""
-        for survivor in self._survivors:
-            secret = keys.agree(mask_private, self._advertisements[survivor][1].mask_key)
-            key = m.pair_mask_key(secret, self._th, gone, survivor)
-            if survivor > gone:
-                masker.subtract(self._total, key)
-            else:
-                masker.add(self._total, key)

@@ -12,14 +12,14 @@ def test_x25519_matches_rfc_7748_section_6_1() -> None:
     bob_private = bytes.fromhex("5dab087e624a8a4b79e17f8b83800ee66f3bb1292618b6fd1c2f8b27ff88e0eb")
     bob_public = bytes.fromhex("de9edb7d7b7dc1b4d35b61c2ece435373f8343c85b78674dadfc7e146f882b4f")
     shared = bytes.fromhex("4a5d9d5ba4ce2de1728e3bf480350f25e07e21c947d19e3376f09b3c1e161742")
-    assert keys.exchange_public_key(bob_private) == bob_public
-    assert keys.agree(bob_private, alice_public) == shared
+    assert keys.ExchangeKey(bob_private).public == bob_public
+    assert keys.ExchangeKey(bob_private).agree(alice_public) == shared
 
 
 @pytest.mark.parametrize("low_order", [bytes(32), b"\1" + bytes(31), b"short"])
 def test_x25519_refuses_keys_that_give_an_all_zero_secret(low_order: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
-        keys.agree(b"\7" * 32, low_order)
+        keys.ExchangeKey(b"\7" * 32).agree(low_order)
 
 
 def test_hkdf_matches_rfc_5869_case_1() -> None:

@@ -16,7 +16,7 @@ from privfed.crypto.masking import messages as m
 from privfed.crypto.masking.client import MaskedClient
 from privfed.crypto.masking.server import MaskedServer
 from privfed.crypto.roster import Identity
-from privfed.crypto.wire import decode, decode_indices, encode, encode_indices
+from privfed.crypto.wire import decode, encode, encode_indices
 
 from .consortium import IDENTITIES, ROSTER, Wire, make_inputs, make_session, masked_client, masked_round, stream
 
@@ -60,7 +60,7 @@ def test_the_transcript_of_a_whole_round_is_frozen() -> None:
     assert state.hexdigest() == FROZEN, "the wire form changed: raise the protocol's version"
 
 
-FROZEN = "7ed0aba079b7532b6ed52bbba1fe4f9cc09c2906b37905b9270f6ec60d6fdd2e"
+FROZEN = "ccfb0d64e5da130865fe4fffad1525c4856ea0083b2be43a8e57f4e4179e4970"
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -154,7 +154,7 @@ def test_client_refuses_substituted_keys_even_its_own() -> None:
     sid = decode(honest[0], m.Advertise, most=MOST).sid
 
     def advertisement(client: int, signer: Identity) -> bytes:
-        mask_key, box_key = (keys.exchange_public_key(bytes([k] * 32)) for k in (9, 10))
+        mask_key, box_key = (keys.ExchangeKey(bytes([k] * 32)).public for k in (9, 10))
         signature = keys.sign(signer.secagg_private, m.advertise_statement(sid, client, mask_key, box_key))
         return encode(m.Advertise(sid=sid, mask_key=mask_key, box_key=box_key, signature=signature))
 
@@ -200,9 +200,7 @@ def test_a_split_view_of_the_survivors_gets_no_shares() -> None:
 @pytest.mark.parametrize("signers", [(), (0, 1), (0, 0, 0), (0, 1, 9)])
 def test_client_reveals_nothing_without_a_quorum_of_distinct_survivors(signers: tuple[int, ...]) -> None:
     honest = decode(LOG[m.UNMASK, 0][0], m.Reveal, most=MOST)
-    by = dict(
-        zip(decode_indices(honest.signers), (honest.signatures[i : i + 64] for i in range(0, 256, 64)), strict=True)
-    )
+    by = {i: decode(LOG[m.CONSISTENCY, i][1], m.Consent, most=MOST).signature for i in SESSION.cohort}
     forged = m.Reveal(
         sid=honest.sid, signers=encode_indices(signers), signatures=b"".join(by.get(s, by[0]) for s in signers)
     )
@@ -215,9 +213,16 @@ def test_no_client_answers_a_second_unmasking() -> None:
     client.receive(LOG[m.UNMASK, 0][0])
     assert client.done
     honest = decode(LOG[m.UNMASK, 0][0], m.Reveal, most=MOST)
-    fewer = m.Reveal(sid=honest.sid, signers=honest.signers[:12], signatures=honest.signatures[:192])
+    assert len(honest.signers) == 12  # the server sends the q = 3 signatures that are due, of 4
+    last = decode(LOG[m.CONSISTENCY, 3][1], m.Consent, most=MOST).signature
+    another = m.Reveal(
+        sid=honest.sid,
+        signers=honest.signers[:8] + encode_indices((3,)),
+        signatures=honest.signatures[:128] + last,
+    )
+    client_before(m.UNMASK).receive(encode(another))
     with pytest.raises(RemoteProtocolError):
-        client.receive(encode(fewer))
+        client.receive(encode(another))
 
 
 class FaultyClient(MaskedClient):
@@ -225,11 +230,12 @@ class FaultyClient(MaskedClient):
 
     fault = ""
 
-    def _split(self, secret: bytes, holders: tuple[int, ...], label: str) -> list[bytes]:
-        shares = super()._split(secret, holders, label)
-        if self.fault == label:
+    def _split(self, secrets: tuple[bytes, bytes], holders: tuple[int, ...]) -> list[bytes]:
+        shares = super()._split(secrets, holders)
+        if self.fault in ("self mask shares", "mask key shares"):
             # Not the lowest bits: X25519 ignores three of its key, and the key then rebuilt is just as good.
-            shares[0] = shares[0][:8] + bytes([shares[0][8] ^ 1]) + shares[0][9:]
+            at = 8 if self.fault == "self mask shares" else 48
+            shares[0] = shares[0][:at] + bytes([shares[0][at] ^ 1]) + shares[0][at + 1 :]
         return shares
 
     def _seal(self, holder: int, pair: bytes) -> bytes:
@@ -305,13 +311,13 @@ def test_sessions_that_protect_nobody_are_refused(changes: dict[str, Any]) -> No
 
 def test_terminal_machines_hold_no_secret_and_no_repr_shows_one() -> None:
     client = client_before(m.UNMASK)
-    secrets = [client._seed, client._mask_private, client._box_private, client._self_mask]
-    assert all(secrets)
+    secrets = [client._seed, client._self_mask, *client._box_secrets.values(), *client._held[1]]
+    assert all(secrets) and client._keys
     shown = repr(client) + repr(IDENTITIES[0]) + repr(client.__dict__["_journal"])
     assert not any(secret.hex() in shown or repr(secret)[2:-1] in shown for secret in secrets)
     client.receive(LOG[m.UNMASK, 0][0])
     held = [value for value in gc.get_referents(client.__dict__) if isinstance(value, bytes)]
-    assert not set(secrets) & set(held) and not client._held
+    assert not set(secrets) & set(held) and not client._held and not client._keys and not client._box_secrets
 
 
 def test_forged_lengths_allocate_nothing() -> None:

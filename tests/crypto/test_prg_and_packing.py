@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher
@@ -7,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privfed.crypto.errors import RemoteProtocolError
-from privfed.crypto.packing import decode, encode, pack, packed_bytes, unpack
-from privfed.crypto.prg import CHUNK_BYTES, Masker, expand, word_dtype
+from privfed.crypto.packing import add_packed, decode, encode, pack, packed_bytes, unpack
+from privfed.crypto.prg import CHUNK_BYTES, add_masks, expand, word_dtype
 
 KEY = bytes(range(32))
 
@@ -22,7 +24,7 @@ def keystream(key: bytes, size: int) -> bytes:
 def test_keystream_starts_with_the_published_aes_256_answer() -> None:
     # AES-256 of the zero block under the zero key (NIST KAT, GCM's H for that key).
     words = np.zeros(8, dtype="<u2")
-    Masker().add(words, bytes(32))
+    add_masks(words, plus=[bytes(32)])
     assert words.tobytes().hex() == "dc95c078a2408989ad48a21492842087"
 
 
@@ -32,11 +34,23 @@ def test_chunked_mask_is_the_whole_keystream(bits: int, extra_words: int) -> Non
     dtype = word_dtype(bits)
     dim = CHUNK_BYTES // dtype.itemsize + extra_words
     words = np.zeros(dim, dtype=dtype)
-    masker = Masker()
-    masker.add(words, KEY)
+    add_masks(words, plus=[KEY])
     assert words.tobytes() == keystream(KEY, words.nbytes)
-    masker.subtract(words, KEY)
+    add_masks(words, minus=[KEY])
     assert not words.any()
+
+
+@pytest.mark.parametrize("dim", [1, 40_000, 200_001])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_many_masks_in_many_ranges_are_the_sum_of_the_whole_ones(dim: int, threads: int) -> None:
+    keys = [bytes([i]) * 32 for i in range(130)]  # more than are worked on at once
+    words = np.arange(dim, dtype="<u4")
+    expected = words.copy()
+    for i, key in enumerate(keys):
+        mask = np.frombuffer(keystream(key, 4 * dim), dtype="<u4")
+        expected = expected + mask if i < 70 else expected - mask
+    add_masks(words, plus=keys[:70], minus=keys[70:], threads=threads)
+    assert np.array_equal(words, expected)
 
 
 def test_entropy_streams_are_reproducible_and_apart() -> None:
@@ -55,9 +69,25 @@ def test_packing_round_trips_and_is_tight(bits: int, dim: int, seed: int) -> Non
     words = np.random.default_rng(seed).integers(0, 1 << bits, dim, dtype=np.uint64).astype(word_dtype(bits))
     words[0], words[-1] = (1 << bits) - 1, 0
     data = pack(words, bits)
-    as_integer = sum(int(word) << (bits * i) for i, word in enumerate(words))
-    assert data == as_integer.to_bytes(packed_bytes(dim, bits), "little")
+    # The layout by its definition: column g of the lanes holds the words g, G + g, … from the lowest bit up.
+    width = words.itemsize * 8
+    period = width // math.gcd(bits, width)
+    columns = -(-dim // period)
+    lanes = np.frombuffer(data, dtype=words.dtype).reshape(period * bits // width, columns)
+    for g in range(columns):
+        number = sum(int(lane) << (width * i) for i, lane in enumerate(lanes[:, g]))
+        expected = sum(int(word) << (bits * i) for i, word in enumerate(words[g::columns]))
+        assert number == expected
+    assert len(data) == packed_bytes(dim, bits) < dim * bits / 8 + 128
     assert np.array_equal(unpack(data, dim=dim, bits=bits), words)
+    total = words.copy()
+    add_packed(total, data, bits)
+    assert np.array_equal(decode(total, bits), decode(words + words, bits))
+
+
+def test_packing_drops_what_stands_above_the_word() -> None:
+    words = np.array([0xFFFF_FFFF, 0x8000_0001, 5], dtype="<u4")
+    assert pack(words, 21) == pack(words & np.uint32((1 << 21) - 1), 21)
 
 
 @pytest.mark.parametrize("bits", [3, 16, 21, 32])
@@ -89,7 +119,10 @@ def test_encoding_refuses_wrong_shapes_and_values_beyond_the_bound(vector: list[
 
 
 def test_unpacking_refuses_wrong_lengths_and_dirty_padding() -> None:
+    # Three words of 5 bits: 16 positions of one column, in 5 lanes of 16 bits; bit 15 on is padding.
     data = pack(np.array([1, 2, 3], dtype="<u2"), 5)
-    for bad in (data[:-1], data + b"\0", data[:-1] + bytes([data[-1] | 0x80])):
+    total = np.zeros(3, dtype="<u2")
+    for bad in (data[:-1], data + b"\0", data[:1] + bytes([data[1] | 0x80]) + data[2:], data[:-1] + b"\1"):
         with pytest.raises(RemoteProtocolError):
-            unpack(bad, dim=3, bits=5)
+            add_packed(total, bad, 5)
+        assert not total.any()

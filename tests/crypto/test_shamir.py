@@ -31,19 +31,36 @@ def test_combining_matches_googles_precomputed_shares() -> None:
     ]
     shares = np.array([np.frombuffer(bytes(row), dtype=">u4") for row in raw], dtype=np.int64)
     for chosen in combinations(range(5), 3):
-        limbs = shamir.combine(shares[list(chosen)], points=[i + 1 for i in chosen], prime=2**31 + 11)
+        weights = shamir.weights_at_zero([i + 1 for i in chosen], 2**31 + 11)
+        limbs = shamir.combine(shares[list(chosen)], weights=weights, prime=2**31 + 11)
         assert sorted(limbs.tolist()) == [0, 33]
 
 
 @settings(max_examples=40, deadline=None)
 @given(secret=st.binary(min_size=32, max_size=32), n=st.integers(2, 12), data=st.data())
-def test_any_t_shares_reconstruct(secret: bytes, n: int, data: st.DataObject) -> None:
+def test_any_t_shares_reconstruct_each_of_several_secrets(secret: bytes, n: int, data: st.DataObject) -> None:
     t = data.draw(st.integers(2, n))
     points = data.draw(st.lists(st.integers(1, 10_000), min_size=n, max_size=n, unique=True))
-    shares = shamir.split(shamir.to_limbs(secret), points=points, threshold=t, entropy=stream("s"))
+    secrets = [secret, bytes(31) + b"\xff", secret[::-1]]
+    limbs = shamir.to_limbs(secrets)
+    encoded = shamir.encode_shares(shamir.split(limbs, points=points, threshold=t, entropy=stream("s")))
     rows = data.draw(st.permutations(range(n)))[:t]
-    chosen = np.stack([shamir.decode_share(shamir.encode_share(shares[i])) for i in rows])
-    assert shamir.from_limbs(shamir.combine(chosen, points=[points[i] for i in rows])) == secret
+    weights = shamir.weights_at_zero([points[i] for i in rows])
+    for number, expected in enumerate(secrets):
+        at = slice(40 * number, 40 * (number + 1))
+        chosen = shamir.decode_shares([encoded[i][at] for i in rows])
+        assert shamir.from_limbs(shamir.combine(chosen, weights=weights)) == expected
+
+
+@given(points=st.lists(st.integers(1, shamir.PRIME - 1), min_size=1, max_size=20, unique=True))
+def test_weights_are_lagranges(points: list[int]) -> None:
+    p = shamir.PRIME
+    for x, weight in zip(points, shamir.weights_at_zero(points).tolist(), strict=True):
+        top = bottom = 1
+        for z in points:
+            if z != x:
+                top, bottom = top * z % p, bottom * (z - x) % p
+        assert weight * bottom % p == top % p
 
 
 def test_fewer_than_t_shares_fit_every_secret() -> None:
@@ -77,19 +94,23 @@ def test_coefficients_too_large_for_the_field_are_drawn_again() -> None:
 def test_largest_threshold_does_not_overflow() -> None:
     n = shamir.MAX_THRESHOLD
     secret = b"\xff" * 32
-    shares = shamir.split(shamir.to_limbs(secret), points=range(1, n + 1), threshold=n, entropy=stream("big"))
-    assert shamir.from_limbs(shamir.combine(shares, points=range(1, n + 1))) == secret
+    shares = shamir.split(shamir.to_limbs([secret]), points=range(1, n + 1), threshold=n, entropy=stream("big"))
+    assert shamir.from_limbs(shamir.combine(shares, weights=shamir.weights_at_zero(range(1, n + 1)))) == secret
 
 
 @pytest.mark.parametrize(("points", "threshold"), [([1, 1, 2], 2), ([0, 1, 2], 2), ([1, 2, 3], 1), ([1, 2, 3], 4)])
 def test_splitting_refuses_bad_points_and_thresholds(points: list[int], threshold: int) -> None:
     with pytest.raises(ValueError):
-        shamir.split(shamir.to_limbs(bytes(32)), points=points, threshold=threshold, entropy=stream("x"))
+        shamir.split(shamir.to_limbs([bytes(32)]), points=points, threshold=threshold, entropy=stream("x"))
 
 
 def test_decoding_refuses_shares_outside_the_field() -> None:
     for bad in (bytes(39), b"\xff" * 40):
         with pytest.raises(ValueError):
-            shamir.decode_share(bad)
+            shamir.decode_shares([bad])
+    with pytest.raises(ValueError):
+        shamir.to_limbs([bytes(31)])
+    with pytest.raises(ValueError):
+        shamir.weights_at_zero([1, 1])
     with pytest.raises(ValueError):
         shamir.from_limbs(np.full(10, 2**26 - 1))
