@@ -102,7 +102,7 @@ KNOWN: tuple[KnownSet, ...] = (
         files=(
             KnownFile(
                 "mnist_by_writer/mnist_by_writer.npz",
-                "21e925cd3e398ade2f9fe9185d35d84429b52c3b86a529cfb3011e25b68e18dc",
+                "dc7a772e09bfcf2ba9dd20b232d19b1a45d9f49262d46874e8686ee12c1cd816",
             ),
         ),
     ),
@@ -116,11 +116,11 @@ KNOWN: tuple[KnownSet, ...] = (
         files=(
             KnownFile(
                 "omniglot/images_background_small1.zip",
-                "437c1eeab0af8484112e1b4cc0f3d541ec727f7c47b9b202da738af9dfd6c325",
+                "f38eb80f801274ac2b4dff5b24289016bfaba4a7d5bb50deebf27104ad6cb8a4",
             ),
             KnownFile(
                 "omniglot/images_background_small2.zip",
-                "f38eb80f801274ac2b4dff5b24289016bfaba4a7d5bb50deebf27104ad6cb8a4",
+                "3ccaa407515a8778e5d0861875af38b17e418f301ad5bb3b5a6b65d901a41c7f",
             ),
         ),
     ),
