@@ -190,6 +190,15 @@ def _description(hint: Any) -> str:
     return ""
 
 
+def _inline(value: Any) -> str:
+    """A value on one line."""
+    if not isinstance(value, dict):
+        return tomlkit.item(value).as_string()
+    table = tomlkit.inline_table()
+    table.update(value)
+    return str(table.as_string())
+
+
 def _render(struct: msgspec.Struct, name: str, lines: list[str]) -> None:
     hints = get_type_hints(type(struct), include_extras=True)
     if name:
@@ -210,7 +219,7 @@ def _render(struct: msgspec.Struct, name: str, lines: list[str]) -> None:
             if value is None:
                 lines.append(f"# {field} ={comment.replace('  #', ' unset:', 1)}")
             else:
-                lines.append(f"{field} = {tomlkit.item(msgspec.to_builtins(value)).as_string()}{comment}")
+                lines.append(f"{field} = {_inline(msgspec.to_builtins(value))}{comment}")
     for field, value in sections:
         path = f"{name}.{field}" if name else field
         if isinstance(value, tuple):

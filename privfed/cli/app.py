@@ -3,8 +3,8 @@
 import sys
 from typing import Annotated
 
-import click
 import typer
+from typer.exceptions import TyperException
 
 from . import data, predict, run
 from .exits import BAD_USAGE, FAILED, exit_code
@@ -41,11 +41,11 @@ def main() -> None:
     """Run the command line; errors go to stderr with what to do next, and never as a traceback."""
     try:
         code = app(standalone_mode=False)
-    except click.exceptions.Abort:
+    except typer.Abort:
         code = _say("interrupted", 130)
     except KeyboardInterrupt:
         code = _say("interrupted; what was spent stands in the ledger", 130)
-    except click.ClickException as error:
+    except TyperException as error:  # typer brings its own copy of click: click's exceptions are never raised
         code = _say(error.format_message(), BAD_USAGE)
     except BrokenPipeError:
         code = FAILED

@@ -1,0 +1,127 @@
+"""Each method on a toy door, with numbers worked by hand."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from privfed.methods import FedAvg, FederatedMethod, Fomaml, Local, Reptile
+from privfed.privacy.events import Charge, NoiseSite, PrivacyUnit
+from privfed.privacy.oracle.door import ALL, Batch, Meter, charge, group
+
+METHODS: tuple[FederatedMethod, ...] = (FedAvg(), Reptile(), Fomaml(), Local())
+
+
+class ToyDoor:
+    """∇L(θ) = θ − target of the part: a step of rate r leads from θ to (1 − r)θ + r·target."""
+
+    def __init__(self, **targets: float) -> None:
+        self.targets, self.asked = targets, list[tuple[str, float]]()
+        self._meter = Meter(0.5, 2.0, "hash-0")
+
+    def draw(self, part: str = ALL) -> Batch:
+        return self._meter.drawn(Batch(part, torch.arange(1)))
+
+    def gradient(self, theta: Tensor, batch: Batch) -> Tensor:
+        assert theta.shape == (1, 1)
+        self._meter.query(batch)
+        self.asked.append((batch._part, theta.item()))
+        return theta - self.targets[batch._part]
+
+    @property
+    def charges(self) -> tuple[Charge, ...]:
+        return self._meter.charges
+
+
+def start(value: float = 2.0) -> dict[str, Tensor]:
+    return {"theta": torch.tensor([value])}
+
+
+def test_fedavg_sends_the_way_its_steps_went() -> None:
+    door = ToyDoor(all=10.0)
+    update = FedAvg(local_steps=2, lr=0.5).contribute(start(), door)
+    # 2 → (2+10)/2 = 6 → (6+10)/2 = 8; the update is 8 − 2
+    assert update.tolist() == [[6.0]]
+    assert door.asked == [("all", 2.0), ("all", 6.0)]
+    assert FedAvg().serve(start(), torch.tensor([6.0]), 0.75)["theta"].tolist() == [8.0]
+
+
+def test_reptile_moves_part_of_the_way_and_less_towards_the_end() -> None:
+    door = ToyDoor(all=10.0)
+    method = Reptile(inner_steps=2, inner_lr=0.5, outer_lr=0.5)
+    assert method.contribute(start(), door).tolist() == [[6.0]]
+    # w + ε(1 − progress) · 6: 2 + .5·6, 2 + .25·6, 2 + .125·6
+    for progress, expected in ((0.0, 5.0), (0.5, 3.5), (0.75, 2.75)):
+        assert method.serve(start(), torch.tensor([6.0]), progress)["theta"].tolist() == [expected]
+
+
+def test_fomaml_adapts_on_support_and_sends_the_query_gradient_there() -> None:
+    door = ToyDoor(support=10.0, query=4.0)
+    update = Fomaml(inner_steps=2, inner_lr=0.5, outer_lr=3.0).contribute(start(), door)
+    # support: 2 → 6 → 8; query gradient at 8 is 8 − 4 = 4; the update is −3 · 4, at w and not at 8
+    assert door.asked == [("support", 2.0), ("support", 6.0), ("query", 8.0)]
+    assert update.tolist() == [[-12.0]]
+    assert Fomaml().serve(start(), torch.tensor([-12.0]), 0.5)["theta"].tolist() == [-10.0]
+
+
+@pytest.mark.parametrize("method", METHODS[:3], ids=lambda m: type(m).__name__)
+def test_personalisation_starts_from_the_broadcast_and_uses_the_local_door(method: Any) -> None:
+    personal = type(method)(personal_steps=2, personal_lr=0.5)
+    for private in (personal.init_site(torch.tensor([99.0])), {"theta": torch.tensor([99.0])}):
+        assert personal.personalize(start(), private, ToyDoor(all=10.0))["theta"].tolist() == [8.0]
+
+
+def test_local_goes_on_from_its_own_model_and_sends_nothing() -> None:
+    method = Local(steps=1, lr=0.5)
+    private = method.init_site(torch.tensor([2.0]))
+    private = method.personalize(start(99.0), private, ToyDoor(all=10.0))
+    assert private["theta"].tolist() == [6.0]
+    assert method.personalize(start(99.0), private, ToyDoor(all=10.0))["theta"].tolist() == [8.0]
+    assert not method.sends
+    with pytest.raises(RuntimeError, match="sends nothing"):
+        method.contribute(start(), ToyDoor(all=10.0))
+    assert method.serve(start(), torch.tensor([5.0]), 0.0)["theta"].tolist() == [2.0]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        FedAvg(local_steps=3),
+        Reptile(inner_steps=1),
+        Reptile(inner_steps=4),
+        Fomaml(inner_steps=1),
+        Fomaml(inner_steps=3),
+    ],
+    ids=repr,
+)
+def test_what_a_method_declares_is_what_it_executes(method: FederatedMethod) -> None:
+    door = ToyDoor(all=1.0, support=1.0, query=1.0)
+    method.contribute(start(), door)
+    declared = {charge(group("hash-0", q.part), 0.5, 2.0, q.count) for q in method.queries()}
+    assert set(door.charges) == declared
+    assert {part for part, _ in door.asked} <= {ALL, *method.parts}
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("unit", PrivacyUnit)
+@pytest.mark.parametrize("noise", NoiseSite)
+def test_a_guarantee_is_given_only_where_it_is_proved(
+    method: FederatedMethod, unit: PrivacyUnit, noise: NoiseSite
+) -> None:
+    proved = (
+        isinstance(method, Local) or unit is PrivacyUnit.NONE or (unit, noise) == (PrivacyUnit.RECORD, NoiseSite.LOCAL)
+    )
+    reason = method.guarantee(unit, noise)
+    assert (reason is None) == proved
+    if reason is not None:
+        assert unit.value in reason and noise.value in reason
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_what_may_leave_can_not_see_what_may_not(method: FederatedMethod) -> None:
+    """Private state is no argument of `contribute`, and parts of a split cover every record once."""
+    assert list(inspect.signature(method.contribute).parameters) == ["broadcast", "door"]
+    assert not method.parts or sum(method.parts.values()) == 1.0
+    assert (method.queries() == ()) == (not method.sends)
