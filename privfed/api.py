@@ -20,6 +20,7 @@ from .errors import ConfigError, DataError
 from .federation import Federation, RoundReport, cohort_of
 from .folder import Checkpoint, RunFacts, RunFolder
 from .parameters import load_vector, to_vector
+from .report import render
 from .simulation.consortium import Consortium, open_consortium
 from .site import Schema, build_model, planned_charges
 from .summary import Summary, metrics_line, report_of, summarize
@@ -221,6 +222,7 @@ def _leave(
     home.save_tensors(folder.PERSONAL, personal, about)
     home.write(folder.SUMMARY, summary.to_json() + "\n")
     consortium.close()
+    home.write(folder.REPORT, render(home.path))
 
 
 def _same_records(home: RunFolder, consortium: Consortium) -> None:

@@ -1,5 +1,8 @@
 """report.html: what stands on it, that it is one safe file, and that a browser shows it."""
 
+import html
+import itertools
+import json
 import math
 import re
 import shutil
@@ -150,8 +153,6 @@ def make_folder(
     (path / "config.toml").write_text(config_io.to_toml(config), encoding="utf-8")
     (path / "summary.json").write_text(summary.to_json(), encoding="utf-8")
     with open(path / "metrics.jsonl", "w", encoding="utf-8") as file:
-        import json
-
         file.writelines(json.dumps(line) + "\n" for line in lines)
     return path
 
@@ -245,7 +246,7 @@ def test_page_is_well_formed_and_accessible(pages: dict[str, str], case: str) ->
     assert dict(outline.elements)["html"] == {"lang": "en"}
     levels = [int(tag[1]) for tag in tags if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1 and levels.count(1) == 1
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
     assert all(attributes.get("scope") in ("col", "row") for tag, attributes in outline.elements if tag == "th")
     assert tags.count("table") == tags.count("caption")
     ids = [attributes["id"] for _, attributes in outline.elements if "id" in attributes]
@@ -433,8 +434,6 @@ def test_run_leaves_its_page(run_folder: Path) -> None:
 def test_instructions_to_verify_work(run_folder: Path) -> None:
     match = re.search(r'<pre id="verify"><code>(.*?)</code>', report.render(run_folder), flags=re.DOTALL)
     assert match is not None
-    import html
-
     script = html.unescape(match[1]).replace("python -", f"{sys.executable} -", 1)
     done = subprocess.run(["bash", "-c", script], cwd=run_folder, capture_output=True, text=True, check=True)
     summary = msgspec.json.decode((run_folder / "summary.json").read_bytes())
