@@ -43,7 +43,7 @@ class Display:
     def start(self, ready: Preparation) -> None:
         """Say what is about to run and what it promises."""
         config, data = ready.config, ready.data
-        kind = "simulated: one table cut into sites, not real hospitals" if data.simulated else "real sites"
+        kind = "one table cut into sites that never existed" if data.simulated else "real sites"
         sizes = ", ".join(f"{name} {len(records)}" for name, records in list(data.sites.items())[:8])
         more = f", … ({len(data.sites)} sites)" if len(data.sites) > 8 else ""
         self._console.print(f"privfed run: {data.description} ({kind})")
@@ -52,6 +52,8 @@ class Display:
         self._console.print(f"  privacy      {_claim(ready)}")
         if config.method.sends:
             self._console.print(f"  aggregation  {_aggregation(ready)}")
+        for note in data.notes:
+            self._console.print(f"  note         {note}")
         if config.privacy.insecure_seed is not None:
             self._console.print("  WARNING      privacy.insecure_seed: anyone can recompute the noise; ε is void")
         self._steps = self._progress.add_task("rounds", total=config.rounds)
