@@ -193,7 +193,7 @@ def _description(hint: Any) -> str:
 def _inline(value: Any) -> str:
     """A value on one line."""
     if not isinstance(value, dict):
-        return tomlkit.item(value).as_string()
+        return str(tomlkit.item(value).as_string())
     table = tomlkit.inline_table()
     table.update(value)
     return str(table.as_string())
