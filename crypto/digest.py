@@ -12,7 +12,8 @@ def digest(label: str, *parts: bytes) -> bytes:
 
     **Guarantees**: injective encoding, so equal digests mean equal labels and parts (collision resistance of SHA-256).
     """
-    pieces: list[bytes] = []
+    state = hashlib.sha256()
     for part in (label.encode(), *parts):
-        pieces += (len(part).to_bytes(8, "big"), part)
-    return hashlib.sha256(b"".join(pieces)).digest()
+        state.update(len(part).to_bytes(8, "big"))
+        state.update(part)
+    return state.digest()

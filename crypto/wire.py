@@ -34,9 +34,23 @@ def decode(data: bytes, kind: type[M], *, most: int) -> M:
         message = msgspec.msgpack.decode(data, type=kind)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         raise RemoteProtocolError(f"not a {kind.__name__}") from None
-    if msgspec.msgpack.encode(message) != data:
+    if _canonical_size(message) != len(data):
         raise RemoteProtocolError(f"not a {kind.__name__} in canonical form")
     return message
+
+
+def _canonical_size(message: msgspec.Struct) -> int:
+    """Bytes of the canonical encoding of a struct of byte strings, which is the one shortest encoding.
+
+    Every other encoding writes some length in a longer form and none in a shorter one, and so is longer as a whole:
+    comparing sizes is enough, where comparing bytes would copy a model-sized message.
+    """
+    tag = message.__struct_config__.tag
+    size = 1 + 1 + (len(tag.encode()) if isinstance(tag, str) else 0)  # array of < 16, string of < 32
+    for name in message.__struct_fields__:
+        length = len(getattr(message, name))
+        size += length + (2 if length < 2**8 else 3 if length < 2**16 else 5)
+    return size
 
 
 def encode(message: msgspec.Struct) -> bytes:

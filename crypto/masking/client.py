@@ -93,7 +93,9 @@ class MaskedClient:
         if received.sid != self._sid:  # type: ignore[attr-defined]  # every message of this protocol starts with sid
             raise RemoteProtocolError("the server is in another session: its plan, model, roster or round differs")
         try:
-            reply = self._answers.record(self.phase, message, encode(step(received)))
+            answer = step(received)
+            # A long reply is hashed once, for its signature, and not again for the journal.
+            reply = self._answers.record(self.phase, message, encode(answer), getattr(answer, "signature", None))
             # A complaint voids the attempt: nothing of it may be answered any more.
             following = m.DONE if self._complained else m.FOLLOWS[self.phase]
             if following == m.DONE:
