@@ -1,0 +1,66 @@
+"""Figures of merit, by hand."""
+
+import math
+
+import pytest
+import torch
+
+from privfed.evaluation import fraction_hurt, outputs_of, score, spread
+from privfed.models import mlp
+
+
+def test_accuracy_counts_and_auroc_ranks() -> None:
+    margins = torch.tensor([-2.0, 1.0, -1.0, 3.0])
+    outputs = torch.stack([torch.zeros(4), margins], 1)
+    targets = torch.tensor([0, 0, 1, 1])
+    # predicted 0 1 0 1: two of four right; of the four pairs (negative, positive), (1, −1) alone is in the wrong order
+    assert score(outputs, targets, "accuracy") == 0.5
+    assert score(outputs, targets, "auroc") == 0.75
+    assert score(outputs + 100, targets, "auroc") == 0.75
+
+
+def test_what_can_not_be_measured_is_none() -> None:
+    outputs = torch.randn(3, 2)
+    assert score(outputs[:0], torch.zeros(0, dtype=torch.long), "accuracy") is None
+    for label in (0, 1):
+        one_class = torch.full((3,), label)
+        assert score(outputs, one_class, "auroc") is None
+        assert score(outputs, one_class, "accuracy") is not None
+
+
+def test_every_site_counts_once() -> None:
+    got = spread([0.5, 1.0, 0.75, None, math.nan])
+    assert got is not None
+    # √(((−.25)² + .25² + 0) / 3)
+    assert (got.mean, got.worst_decile, got.sd) == (0.75, 0.5, pytest.approx(math.sqrt(0.125 / 3)))
+    assert spread([]) is None and spread([None, math.inf]) is None
+
+
+def test_the_worst_decile_is_the_mean_of_the_lowest_tenth() -> None:
+    got = spread([value / 100 for value in range(30, 0, -1)])
+    assert got is not None and got.worst_decile == pytest.approx(0.02)  # (.01 + .02 + .03) / 3
+
+
+def test_hurt_is_strictly_worse_among_sites_that_have_both() -> None:
+    ours = {"a": 0.5, "b": 0.7, "c": 0.9, "d": None, "e": 0.1}
+    theirs = {"a": 0.6, "b": 0.7, "c": 0.8, "d": 0.9, "e": None}
+    assert fraction_hurt(ours, theirs) == pytest.approx(1 / 3)
+    assert fraction_hurt({"a": None}, {"a": 1.0}) is None
+    assert fraction_hurt({"a": 0.5}, {}) is None
+
+
+def test_outputs_are_those_of_the_given_parameters_without_a_graph() -> None:
+    model = mlp(2, (), 2, seed=0)
+    theta = torch.tensor([1.0, 0.0, 0.0, 2.0, 10.0, 20.0])  # W = [[1, 0], [0, 2]], b = [10, 20]
+    outputs = outputs_of(model, theta, torch.tensor([[3.0, 4.0]]))
+    assert outputs.tolist() == [[13.0, 28.0]]
+    assert not outputs.requires_grad
+
+
+def test_a_model_is_the_same_for_the_same_public_seed_and_logistic_regression_starts_at_zero() -> None:
+    state = torch.random.get_rng_state()
+    first, again, other = (mlp(4, (8,), 2, seed=seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+    assert not any(parameter.any() for parameter in mlp(4, (), 2, seed=1).parameters())
+    assert torch.equal(torch.random.get_rng_state(), state)
