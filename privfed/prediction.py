@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from . import config_io, folder
 from .data.columns import encode, unknown_values
-from .data.tables import read_frame
+from .data.files import read_frame
 from .errors import ConfigError
 from .evaluation import outputs_of
 from .folder import RunFolder
@@ -60,9 +60,10 @@ def predict(run: Path | str, file: Path | str, *, site: str | None = None) -> Pr
         theta = personal[site]
     columns = config.data.columns
     names = [column.name for column in columns]
-    frame = read_frame(str(file), names, header=config.data.header, maximum_rows=_MAXIMUM_ROWS)
-    missing = frozenset(config.data.missing_values)
-    rows = torch.from_numpy(encode(frame, columns, missing=missing))
+    data = config.data
+    frame = read_frame(str(file), names, header=data.header, separator=data.separator, maximum_rows=_MAXIMUM_ROWS)
+    missing = frozenset(data.missing_values)
+    rows = torch.from_numpy(encode(frame, columns, missing=missing, decimal=data.decimal))
     probabilities: NDArray[np.float32] = torch.softmax(outputs_of(model, theta, rows), dim=1).numpy()
     table = pd.DataFrame({"row": frame.index, "prediction": np.array(classes)[probabilities.argmax(1)]})
     for number, name in enumerate(classes):

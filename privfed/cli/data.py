@@ -12,9 +12,9 @@ app = typer.Typer(help="Known data sets, and a check of your own table.", no_arg
 
 
 def _folder() -> Path:
-    from privfed.data.tables import DATA_FOLDER
+    from privfed.data.files import DATA_FOLDER
 
-    return Path(os.environ.get(DATA_FOLDER, "data"))
+    return Path(os.environ.get(DATA_FOLDER) or "data")
 
 
 @app.command("list")

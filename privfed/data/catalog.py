@@ -142,8 +142,9 @@ KNOWN: tuple[KnownSet, ...] = (
 
 
 def owner_of(file: str) -> KnownSet | None:
-    """The known set that ``file`` belongs to."""
-    return next((known for known in KNOWN if any(f.name == file for f in known.files)), None)
+    """The known set that ``file``, a name or a whole path, belongs to."""
+    path = Path(file).as_posix()
+    return next((known for known in KNOWN if any(f"/{path}".endswith(f"/{f.name}") for f in known.files)), None)
 
 
 def state_of(file: KnownFile, folder: Path) -> str:

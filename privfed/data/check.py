@@ -12,10 +12,11 @@ import pandas as pd
 from privfed.errors import DataError
 
 from .columns import canonical, rows
-from .tables import read_frame
+from .files import looks_like_record, read_frame, separator_of
 
 MISSING = ("", "NA", "N/A", "NaN", "nan", "?", ".", "null", "NULL", "None")
 _FEW_VALUES = 12
+_COMMON = 5  # fewer records than this share a text: it is not shown
 _MANY_SITES = 1000
 
 
@@ -58,7 +59,13 @@ def check(file: str, *, label: str | None, site: str | None, maximum_rows: int =
     Raises:
         DataError: the table can not be read, or a named column is not in it.
     """
-    frame = read_frame(file, None, maximum_rows=maximum_rows)
+    separator = separator_of(file)
+    frame = read_frame(file, None, separator=separator, maximum_rows=maximum_rows)
+    if looks_like_record(list(frame.columns)):
+        raise DataError(
+            f"the first line of {file} looks like a record, not like column names: add a line of names, or give them "
+            "in data.header"
+        )
     for name in (label, site):
         if name is not None and name not in frame.columns:
             raise DataError(f"no column {name!r}; the table has {', '.join(map(repr, frame.columns))}")
@@ -66,6 +73,9 @@ def check(file: str, *, label: str | None, site: str | None, maximum_rows: int =
     site = site or _guess(frame, ("site", "hospital", "center", "centre", "clinic", "hospnum"))
     result = Check(len(frame))
     lines = ["[data]", 'source = "csv"', f"file = {_quoted(file)}"]
+    lines += [f"separator = {_quoted(separator)}"] if separator != "," else []
+    decimal = _decimal_of(frame)
+    lines += [f"decimal = {_quoted(decimal)}"] if decimal != "." else []
     lines.append(f"site = {_quoted(site)}" if site else '# site = "…"           # the column that names the hospital')
     lines.append(f"label = {_quoted(label)}" if label else '# label = "…"          # the column to predict')
     lines.append(f"missing_values = [{', '.join(map(_quoted, _missing_in(frame)))}]")
@@ -77,7 +87,7 @@ def check(file: str, *, label: str | None, site: str | None, maximum_rows: int =
         if name == site:
             _look_at_site(frame[name], result)
         elif name != label:
-            inputs += _propose(frame[name], result)
+            inputs += _propose(frame[name], decimal, result)
     result.proposal = "\n".join([*lines, *inputs]) + "\n"
     return result
 
@@ -101,11 +111,32 @@ def _classes(frame: pd.DataFrame, label: str | None, result: Check) -> list[str]
     if gone.any():
         note = f"label missing in {rows(frame.index.to_numpy()[gone])}: set other_labels = 'drop' or fill them"
         result.findings.append(Finding(label, note, True))
-    values = sorted(set(text[~gone]))
-    if not 2 <= len(values) <= _FEW_VALUES:
-        result.findings.append(Finding(label, f"label has {len(values)} distinct values: 2 to 12 are classes", True))
+    distinct, values = text[~gone].nunique(), _common(text[~gone])
+    if not 2 <= distinct <= _FEW_VALUES:
+        result.findings.append(Finding(label, f"label has {distinct} distinct values: 2 to 12 are classes", True))
         return ["", "[data.classes]", "# NAME = [the label's texts that mean it]"]
+    if distinct > len(values):
+        note = (
+            f"{distinct - len(values)} labels with fewer than {_COMMON} records are not shown: list them, or drop them"
+        )
+        result.findings.append(Finding(label, note, True))
     return ["", "[data.classes]", *(f"{_quoted('class ' + value)} = [{_quoted(value)}]" for value in values)]
+
+
+def _common(text: "pd.Series[str]") -> list[str]:
+    """The texts that enough records share for showing them."""
+    counts = text.value_counts()
+    return sorted(str(value) for value in counts.index[counts >= _COMMON])
+
+
+def _decimal_of(frame: pd.DataFrame) -> str:
+    """ "," if the numbers of some column have a comma before their decimals."""
+    for name in frame.columns:
+        text = frame[name].str.strip()
+        text = text[~text.isin(MISSING).to_numpy(bool)]
+        if len(text) and text.str.contains(",", regex=False).any() and text.str.fullmatch(r"[+-]?\d+(,\d+)?").all():
+            return ","
+    return "."
 
 
 def _look_at_site(values: "pd.Series[str]", result: Check) -> None:
@@ -113,7 +144,9 @@ def _look_at_site(values: "pd.Series[str]", result: Check) -> None:
     gone = text.isin(MISSING).to_numpy(bool)
     if gone.any():
         result.findings.append(Finding(str(values.name), f"no site in {rows(values.index.to_numpy()[gone])}", True))
-    sizes = text[~gone].value_counts()
+    sizes = canonical(text[~gone]).value_counts()
+    if sizes.empty:
+        return
     result.findings.append(
         Finding(str(values.name), f"{len(sizes)} sites of {int(sizes.min())} to {int(sizes.max())} records", False)
     )
@@ -124,7 +157,7 @@ def _look_at_site(values: "pd.Series[str]", result: Check) -> None:
         result.findings.append(Finding(str(values.name), lonely, True))
 
 
-def _propose(values: "pd.Series[str]", result: Check) -> list[str]:
+def _propose(values: "pd.Series[str]", decimal: str, result: Check) -> list[str]:
     """Findings on an input column, and its part of the proposal."""
     name, text = str(values.name), values.str.strip()
     gone = text.isin(MISSING).to_numpy(bool)
@@ -133,7 +166,8 @@ def _propose(values: "pd.Series[str]", result: Check) -> list[str]:
         return []
     if gone.any():
         result.findings.append(Finding(name, f"missing in {int(gone.sum())} of {len(gone)} rows", False))
-    parsed = pd.to_numeric(text[~gone], errors="coerce").to_numpy(np.float64)
+    pointed = text[~gone].str.replace(decimal, ".", regex=False)
+    parsed = pd.to_numeric(pointed, errors="coerce").to_numpy(np.float64)
     wrong = ~np.isfinite(parsed)
     distinct = text[~gone].nunique()
     if distinct == 1:
@@ -144,7 +178,18 @@ def _propose(values: "pd.Series[str]", result: Check) -> list[str]:
             note = f"is text with {distinct} distinct values (a name, a date, an identifier?): left out of the proposal"
             result.findings.append(Finding(name, note, True))
             return []
-        listed = ", ".join(_quoted(value) for value in sorted(set(canonical(text[~gone]))))
+        spelled = canonical(text[~gone])
+        common = _common(spelled)
+        if spelled.nunique() > len(common):
+            note = (
+                f"has {spelled.nunique() - len(common)} values with fewer than {_COMMON} records: not shown, add them"
+            )
+            result.findings.append(Finding(name, note, False))
+        if not common:
+            note = "is text, and no value is common enough to be shown: left out of the proposal"
+            result.findings.append(Finding(name, note, True))
+            return []
+        listed = ", ".join(map(_quoted, common))
         return ["", "[[data.categorical]]", f"name = {_quoted(name)}", f"values = [{listed}]"]
     if wrong.any():
         at = text[~gone].index.to_numpy()[wrong]

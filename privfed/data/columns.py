@@ -44,8 +44,9 @@ class Categorical(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     values: Annotated[tuple[str, ...], Meta(min_length=1, description="the public list of values")]
 
     def __post_init__(self) -> None:
-        if len(set(self.values)) != len(self.values):
-            raise ValueError(f"values of column {self.name!r} must differ from each other")
+        spelled = canonical(pd.Series(self.values, dtype=str))
+        if spelled.duplicated().any():
+            raise ValueError(f"values of column {self.name!r} must differ from each other (1, 1.0 and 01 are the same)")
 
 
 Column = Numeric | Categorical
@@ -64,13 +65,16 @@ def input_names(columns: Sequence[Column]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def encode(frame: pd.DataFrame, columns: Sequence[Column], *, missing: frozenset[str]) -> NDArray[np.float32]:
+def encode(
+    frame: pd.DataFrame, columns: Sequence[Column], *, missing: frozenset[str], decimal: str = "."
+) -> NDArray[np.float32]:
     """float32[n, F] from a table of strings.
 
     Args:
         frame: every column a str column; rows are numbered by its index, as the user counts them.
         columns: what is public about the inputs.
         missing: texts that mean "no value".
+        decimal: what stands before the decimals of a number.
 
     Raises:
         DataError: a column is not there, or a numeric one holds text. Rows are named by number, never by value.
@@ -80,7 +84,7 @@ def encode(frame: pd.DataFrame, columns: Sequence[Column], *, missing: frozenset
         raise DataError(
             f"no column {', '.join(map(repr, absent))}; the table has {', '.join(map(repr, frame.columns))}"
         )
-    return np.column_stack([_encode_column(frame[column.name], column, missing) for column in columns])
+    return np.column_stack([_encode_column(frame[column.name], column, missing, decimal) for column in columns])
 
 
 def unknown_values(frame: pd.DataFrame, columns: Sequence[Column], *, missing: frozenset[str]) -> tuple[str, ...]:
@@ -96,21 +100,39 @@ def unknown_values(frame: pd.DataFrame, columns: Sequence[Column], *, missing: f
     return tuple(notes)
 
 
-def numbers(values: "pd.Series[str]", missing: frozenset[str]) -> NDArray[np.float64]:
+def numbers(values: "pd.Series[str]", missing: frozenset[str], decimal: str = ".") -> NDArray[np.float64]:
     """float64[n] with NaN where a value is missing.
 
     Raises:
         DataError: some value is neither a number nor missing.
     """
-    text = values.str.strip()
-    gone = text.isin(missing).to_numpy(bool)
-    parsed = pd.to_numeric(text.mask(gone), errors="coerce").to_numpy(np.float64)
+    gone = is_missing(values, missing)
+    parsed: NDArray[np.float64] = np.array(_parsed(values, decimal), dtype=np.float64)
+    parsed[gone] = np.nan
     wrong = ~gone & ~np.isfinite(parsed)
     if wrong.any():
+        remedy = "list the column under categorical, or the text under data.missing_values"
+        if decimal == "." and bool(np.isfinite(_parsed(values[wrong], ",").to_numpy(np.float64)).all()):
+            remedy = "its decimals stand behind a comma: set data.decimal = ','"
         raise DataError(
             f"column {values.name!r} is numeric, but {rows(values.index.to_numpy()[wrong])} hold no finite number: "
-            "list the column under categorical, or the text under data.missing_values"
+            f"{remedy}"
         )
+    return parsed
+
+
+def is_missing(values: "pd.Series[str]", missing: frozenset[str]) -> NDArray[np.bool_]:
+    """bool[n]: where no value stands, however a number that means it is spelled (-9, -9.0)."""
+    gone: NDArray[np.bool_] = canonical(values).isin(canonical(pd.Series(sorted(missing), dtype=str))).to_numpy(bool)
+    return gone
+
+
+def _parsed(values: "pd.Series[str]", decimal: str) -> "pd.Series[float]":
+    """The numbers, NaN for what is none."""
+    text = values.str.strip()
+    if decimal != ".":
+        text = text.str.replace(decimal, ".", regex=False)
+    parsed: pd.Series[float] = pd.to_numeric(text, errors="coerce").astype(np.float64)
     return parsed
 
 
@@ -129,15 +151,17 @@ def rows(numbers: NDArray[np.int64]) -> str:
     return f"row{'s' if len(numbers) != 1 else ''} {shown}{more}"
 
 
-def _encode_column(values: "pd.Series[str]", column: Column, missing: frozenset[str]) -> NDArray[np.float32]:
+def _encode_column(
+    values: "pd.Series[str]", column: Column, missing: frozenset[str], decimal: str
+) -> NDArray[np.float32]:
     if isinstance(column, Categorical):
-        text = canonical(values).to_numpy(object)
-        listed = canonical(pd.Series(column.values, dtype=str)).to_numpy(object)
-        hot: NDArray[np.float32] = (text[:, None] == listed[None, :]).astype(np.float32)
+        listed = pd.Index(canonical(pd.Series(column.values, dtype=str)).astype(object))
+        number = listed.get_indexer(pd.Index(canonical(values).astype(object)))
+        hot: NDArray[np.float32] = (number[:, None] == np.arange(len(listed))[None, :]).astype(np.float32)
         return hot
     low, high = column.range
     typical = (low + high) / 2 if column.typical is None else column.typical
-    parsed = numbers(values, missing)
+    parsed = numbers(values, missing, decimal)
     gone = np.isnan(parsed)
     scaled = 4 * (np.clip(np.where(gone, typical, parsed), low, high) - typical) / (high - low)
     inputs: NDArray[np.float32] = np.column_stack([scaled, gone] if column.missing else [scaled]).astype(np.float32)

@@ -37,6 +37,14 @@ class BreastCancer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_
     def header(self) -> tuple[str, ...]:
         return ()
 
+    @property
+    def separator(self) -> str:
+        return ","
+
+    @property
+    def decimal(self) -> str:
+        return "."
+
     def load(self, *, seed: int) -> Sites:
         """The simulated hospitals of a public ``seed``."""
         from sklearn.datasets import load_breast_cancer

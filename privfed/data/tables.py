@@ -1,8 +1,7 @@
 """A consortium's own table: CSV or Parquet files, with what is public about them declared in the configuration."""
 
-import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated
 
 import msgspec
@@ -14,10 +13,9 @@ from numpy.typing import NDArray
 
 from privfed.errors import DataError
 
-from .columns import Categorical, Column, Numeric, canonical, encode, input_names, rows
+from .columns import Categorical, Column, Numeric, canonical, encode, input_names, is_missing, rows
+from .files import read_frame
 from .records import SiteData, Sites
-
-DATA_FOLDER = "PRIVFED_DATA"
 
 
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="source", tag="csv"):
@@ -31,6 +29,10 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     )
     files: Annotated[dict[str, str], Meta(description="site name = file, instead of file and site")] = {}
     header: Annotated[tuple[str, ...], Meta(description="column names of files without a header line")] = ()
+    separator: Annotated[
+        str, Meta(pattern="^[,;|\t]$", description='what stands between two cells of a CSV file: "," ";" "|" or "\\t"')
+    ] = ","
+    decimal: Annotated[str, Meta(pattern="^[.,]$", description='what stands before decimals: "." or ","')] = "."
     site: Annotated[str | None, Meta(description="column that names the site of a record")] = None
     label: Annotated[str, Meta(min_length=1, description="column to predict")]
     classes: Annotated[
@@ -40,9 +42,9 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     other_labels: Annotated[
         str, Meta(pattern="^(refuse|drop)$", description='records with another label: "refuse" the table, "drop" them')
     ] = "refuse"
-    id: Annotated[str | None, Meta(description="column with a unique id a record; default a hash of the whole row")] = (
-        None
-    )
+    id: Annotated[
+        str | None, Meta(description="column with a unique id a record; default a hash of the columns in use")
+    ] = None
     numeric: Annotated[tuple[Numeric, ...], Meta(description="numeric inputs")] = ()
     categorical: Annotated[tuple[Categorical, ...], Meta(description="inputs that are names")] = ()
     missing_values: Annotated[tuple[str, ...], Meta(description="texts that mean: no value")] = ("", "NA", "NaN", "?")
@@ -59,9 +61,11 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             raise ValueError("data.file needs data.site, the column that names the site of a record")
         if len(self.classes) < 2:
             raise ValueError("data.classes must name at least two classes")
-        texts = [text for values in self.classes.values() for text in values]
-        if len(set(texts)) != len(texts):
-            raise ValueError("data.classes must not list a text twice")
+        texts = canonical(pd.Series([text for values in self.classes.values() for text in values], dtype=str))
+        if texts.duplicated().any() or not all(self.classes.values()):
+            raise ValueError(
+                "data.classes must give each class its texts, and no text twice (1, 1.0 and 01 are the same)"
+            )
         if not self.columns:
             raise ValueError("data needs at least one numeric or categorical input")
         names = [column.name for column in self.columns]
@@ -81,9 +85,65 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         Raises:
             DataError: names the file, the column and the rows by number, never a value, and what to do.
         """
-        frame = self._read()
+        files = self.files if self.file is None else {"": self.file}
+        parts = [self._part(site, file) for site, file in files.items()]
         notes: list[str] = []
+        left_out = sum(part.left_out for part in parts)
+        if left_out:
+            notes.append(f"{left_out} of {sum(part.rows for part in parts)} records left out (label or missing value)")
+        for column in self.columns:
+            if not any(column.name in part.filled for part in parts):
+                notes.append(f"column {column.name!r} has no value in any record: it tells nothing, remove it")
+        sites: dict[str, SiteData] = {}
+        small = 0
+        for site, records in sorted(
+            (pair for part in parts for pair in part.by_site()), key=lambda pair: _natural(pair[0])
+        ):
+            if len(records) < self.minimum_records:
+                small += 1
+                continue
+            sites[site] = records
+            if len(records) == 1:
+                notes.append(f"site {site!r} has one record: nothing can be measured there")
+            elif len(np.unique(records.targets.numpy())) == 1:
+                notes.append(f"site {site!r} has one class only: AUROC is undefined there")
+        if small:
+            notes.append(f"{small} sites with fewer than {self.minimum_records} usable records left out")
+        if not sites:
+            raise DataError(f"no site has {self.minimum_records} usable records: lower data.minimum_records")
+        self._look_at_classes(sites, notes)
+        return Sites(
+            sites=sites,
+            inputs=input_names(self.columns),
+            classes=tuple(self.classes),
+            simulated=False,
+            description=f"{sum(map(len, sites.values()))} records of {len(sites)} sites",
+            notes=tuple(notes),
+        )
+
+    def _look_at_classes(self, sites: dict[str, SiteData], notes: list[str]) -> None:
+        seen = {int(number) for records in sites.values() for number in np.unique(records.targets.numpy())}
+        unseen = [name for number, name in enumerate(self.classes) if number not in seen]
+        if len(seen) == 1:
+            raise DataError(
+                f"label column {self.label!r}: every record is of one class, none of {', '.join(map(repr, unseen))}: "
+                "there is nothing to learn; check data.classes"
+            )
+        notes.extend(f"class {name!r} has no record: the model can not learn it" for name in unseen)
+
+    def _part(self, site: str, file: str) -> "_Part":
+        """One file's records."""
+        columns = [column.name for column in self.columns] + [self.label]
+        columns += [name for name in (self.site, self.id) if name is not None and not (name == self.site and site)]
+        frame = read_frame(file, columns, header=self.header, separator=self.separator, maximum_rows=self.maximum_rows)
+        try:
+            return self._encoded(frame, site)
+        except DataError as error:
+            raise DataError(f"{file}: {error}") from None
+
+    def _encoded(self, frame: pd.DataFrame, site: str) -> "_Part":
         missing = frozenset(self.missing_values)
+        where = pd.Series(site, index=frame.index, dtype=str) if site else self._sites_of(frame, missing)
         targets = np.full(len(frame), -1, dtype=np.int64)
         labels = canonical(frame[self.label])
         for number, texts in enumerate(self.classes.values()):
@@ -94,176 +154,102 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
                 f"label column {self.label!r}: {rows(frame.index.to_numpy()[other])} are in none of data.classes; list "
                 "their label, or set data.other_labels = 'drop'"
             )
-        keep = ~other
-        if self.drop_incomplete:
-            for column in self.columns:
-                keep &= ~frame[column.name].str.strip().isin(missing).to_numpy(bool)
-        if not keep.all():
-            notes.append(f"{int((~keep).sum())} of {len(keep)} records left out (label or missing value)")
-        inputs = encode(frame, self.columns, missing=missing)
-        ids = self._ids(frame)
+        keep, filled = ~other, set()
         for column in self.columns:
-            if frame[column.name].str.strip().isin(missing).all():
-                notes.append(f"column {column.name!r} has no value in any record: it tells nothing, remove it")
-        sites: dict[str, SiteData] = {}
-        where = frame[_SITE].to_numpy(object)
-        small = 0
-        for site in sorted(set(where), key=_natural):
-            at = (where == site) & keep
-            if at.sum() < max(1, self.minimum_records):
-                small += 1
-                continue
-            sites[site] = SiteData(ids[at], torch.from_numpy(inputs[at]), torch.from_numpy(targets[at]))
-            present = np.bincount(targets[at], minlength=len(self.classes))
-            if at.sum() == 1:
-                notes.append(f"site {site!r} has one record: nothing can be measured there")
-            elif (present > 0).sum() == 1:
-                notes.append(f"site {site!r} has one class only: AUROC is undefined there")
-        if small:
-            notes.append(f"{small} sites with fewer than {self.minimum_records} records left out")
-        if not sites:
-            raise DataError(f"no site has {self.minimum_records} usable records: lower data.minimum_records")
-        return Sites(
-            sites=sites,
-            inputs=input_names(self.columns),
-            classes=tuple(self.classes),
-            simulated=False,
-            description=f"{sum(map(len, sites.values()))} records of {len(sites)} sites",
-            notes=tuple(notes),
-        )
+            gone = is_missing(frame[column.name], missing)
+            if not gone.all():
+                filled.add(column.name)
+            if self.drop_incomplete:
+                keep &= ~gone
+        inputs = encode(frame, self.columns, missing=missing, decimal=self.decimal)
+        return _Part(self._ids(frame, where), where.to_numpy(object), inputs, targets, keep, filled)
 
-    def _read(self) -> pd.DataFrame:
-        """All files as one table of strings, with the site in a column of ours."""
-        columns = [column.name for column in self.columns] + [self.label]
-        columns += [name for name in (self.site, self.id) if name is not None]
-        if self.file is not None:
-            frame = read_frame(self.file, columns, header=self.header, maximum_rows=self.maximum_rows)
-            frame[_SITE] = frame[self.site].str.strip()
-            nameless = frame[_SITE].isin(self.missing_values).to_numpy(bool)
+    def _sites_of(self, frame: pd.DataFrame, missing: frozenset[str]) -> "pd.Series[str]":
+        """The site of each record, one spelling each."""
+        assert self.site is not None  # without files, there is one
+        nameless = is_missing(frame[self.site], missing)
+        if nameless.any():
+            raise DataError(
+                f"site column {self.site!r}: {rows(frame.index.to_numpy()[nameless])} name no site: fill them or "
+                "remove these rows"
+            )
+        return canonical(frame[self.site])
+
+    def _ids(self, frame: pd.DataFrame, site: "pd.Series[str]") -> NDArray[np.uint64]:
+        """uint64[n]: what stands for each record in the keyed split, unmoved by other records or their order."""
+        if self.id is not None:
+            own = frame[self.id].str.strip()
+            nameless = is_missing(own, frozenset(self.missing_values))
             if nameless.any():
                 raise DataError(
-                    f"site column {self.site!r}: {rows(frame.index.to_numpy()[nameless])} name no site: fill them or "
-                    "remove these rows"
+                    f"id column {self.id!r}: {rows(frame.index.to_numpy()[nameless])} have no id: fill them, or leave "
+                    "data.id away"
                 )
-            return frame
-        frames = []
-        for site, file in self.files.items():
-            frame = read_frame(file, columns, header=self.header, maximum_rows=self.maximum_rows)
-            frame[_SITE] = site
-            frames.append(frame)
-        return pd.concat(frames)
-
-    def _ids(self, frame: pd.DataFrame) -> NDArray[np.uint64]:
-        """uint64[n]: what stands for each record in the keyed split, unmoved by other records."""
-        per_site = frame[_SITE]
-        if self.id is not None:
-            twice = frame.duplicated([_SITE, self.id], keep=False).to_numpy(bool)
+            named = pd.DataFrame({"site": site, "id": own})
+            twice = named.duplicated(keep=False).to_numpy(bool)
             if twice.any():
                 raise DataError(
                     f"id column {self.id!r}: {rows(frame.index.to_numpy()[twice])} share an id with another record of "
                     "their site: remove the duplicates, or leave data.id away"
                 )
-            return _hashes(frame[[_SITE, self.id]])
+            return _hashes(named)
+        cells = {name: _content(frame[name]) for name in frame.columns if name != self.site}
+        content = pd.Series(_hashes(pd.DataFrame({**cells, _SITE: _content(site)})))
         # The same row twice is two records: the second one's id says so, whatever stands between them.
-        content = pd.util.hash_pandas_object(frame, index=False)
-        copy = content.groupby([per_site.to_numpy(object), content.to_numpy()]).cumcount()
-        return _hashes(pd.DataFrame({"content": content.to_numpy(), "copy": copy.to_numpy()}))
+        copy = content.groupby(content).cumcount()
+        return _hashes(pd.DataFrame({"content": content, "copy": copy}))
 
 
 _SITE = "\0site"
 
 
-def _hashes(frame: pd.DataFrame) -> NDArray[np.uint64]:
-    hashes: NDArray[np.uint64] = np.asarray(pd.util.hash_pandas_object(frame, index=False), dtype=np.uint64)
+@dataclass(frozen=True)
+class _Part:
+    """One file's records, row by row."""
+
+    ids: NDArray[np.uint64]
+    sites: NDArray[np.object_]
+    inputs: NDArray[np.float32]
+    targets: NDArray[np.int64]
+    keep: NDArray[np.bool_]
+    filled: set[str]
+
+    @property
+    def rows(self) -> int:
+        return len(self.keep)
+
+    @property
+    def left_out(self) -> int:
+        return int((~self.keep).sum())
+
+    def by_site(self) -> Iterator[tuple[str, SiteData]]:
+        """Each site's records that are kept, in the file's order; a site that keeps none is there, empty."""
+        number, names = pd.factorize(self.sites)
+        order = np.argsort(number, kind="stable")
+        ends = np.cumsum(np.bincount(number, minlength=len(names)))
+        for at, name in zip(np.split(order, ends[:-1]), names, strict=True):
+            kept = at[self.keep[at]]
+            yield (
+                str(name),
+                SiteData(self.ids[kept], torch.from_numpy(self.inputs[kept]), torch.from_numpy(self.targets[kept])),
+            )
+
+
+def _content(values: "pd.Series[str]") -> NDArray[np.uint64]:
+    """uint64[n]: a hash of each cell, the same for one number in two spellings."""
+    text = values.str.strip()
+    number = pd.to_numeric(text, errors="coerce").astype(np.float64).to_numpy(copy=True)
+    finite = np.isfinite(number)
+    hashed = pd.util.hash_array(np.where(finite, number, 0.0) + 0.0)  # + 0.0: −0 is 0
+    if not finite.all():
+        hashed[~finite] = pd.util.hash_array(text[~finite].to_numpy(object))
+    hashes: NDArray[np.uint64] = np.asarray(hashed, dtype=np.uint64)
     return hashes
 
 
-def find_file(name: str) -> Path:
-    """The file of that path, or of that name under the folder in ``PRIVFED_DATA`` (default ``data/``).
-
-    Raises:
-        DataError: it is in neither place; says where it was looked for, and where a known data set comes from.
-    """
-    from . import catalog
-
-    folder = Path(os.environ.get(DATA_FOLDER, "data"))
-    for path in (Path(name), folder / name):
-        if path.is_file():
-            return path
-    known = catalog.owner_of(name)
-    source = f" {known.title}: {known.obtain}; see `privfed data describe {known.name}`." if known else ""
-    raise DataError(
-        f"no file {name!r}, neither here nor in {folder}.{source} Set {DATA_FOLDER} to the folder that holds it, or "
-        "give its whole path"
-    )
-
-
-def read_frame(
-    file: str, columns: Sequence[str] | None, *, header: Sequence[str] = (), maximum_rows: int
-) -> pd.DataFrame:
-    """A table of strings, rows numbered from 1 as they stand below the header.
-
-    Args:
-        file: CSV (also compressed) or Parquet, found by `find_file`.
-        columns: the columns to read; None for all.
-        header: names of all columns where the file has no header line.
-        maximum_rows: more are refused.
-
-    Raises:
-        DataError: the file is missing, unreadable, lacks a column, or is too large.
-    """
-    path = find_file(file)
-    try:
-        frame = (
-            _read_parquet(path, maximum_rows) if path.suffix == ".parquet" else _read_csv(path, header, maximum_rows)
-        )
-    except (OSError, ValueError, UnicodeError, EOFError) as error:
-        # pandas quotes the offending text: the kind of error is all that may be shown
-        raise DataError(
-            f"can not read {path} as a table ({type(error).__name__}): check that it is CSV or Parquet"
-        ) from None
-    absent = [name for name in columns or () if name not in frame.columns]
-    if absent:
-        raise DataError(
-            f"{path} has no column {', '.join(map(repr, dict.fromkeys(absent)))}; it has "
-            f"{', '.join(map(repr, list(frame.columns)[:40]))}"
-        )
-    if len(frame) == 0:
-        raise DataError(f"{path} has no records")
-    frame.index = pd.RangeIndex(1, len(frame) + 1)
-    return frame if columns is None else frame[list(dict.fromkeys(columns))].copy()
-
-
-def _read_csv(path: Path, header: Sequence[str], maximum_rows: int) -> pd.DataFrame:
-    frame = pd.read_csv(
-        path,
-        dtype=str,
-        keep_default_na=False,
-        na_filter=False,
-        nrows=maximum_rows + 1,
-        header=None if header else 0,
-        names=list(header) if header else None,
-        index_col=False,
-        encoding="utf-8-sig",
-    )
-    _refuse_large(path, len(frame), maximum_rows)
-    return frame
-
-
-def _read_parquet(path: Path, maximum_rows: int) -> pd.DataFrame:
-    import pyarrow.parquet as parquet
-
-    _refuse_large(path, parquet.ParquetFile(path).metadata.num_rows, maximum_rows)
-    frame = pd.read_parquet(path)
-    return pd.DataFrame({str(name): frame[name].astype("string").fillna("") for name in frame.columns}).astype(str)
-
-
-def _refuse_large(path: Path, count: int, maximum_rows: int) -> None:
-    if count > maximum_rows:
-        raise DataError(
-            f"{path} has more than {maximum_rows:,} rows: raise data.maximum_rows if this machine has the memory "
-            "(about 1 GB for a million rows of 20 columns)"
-        )
+def _hashes(frame: pd.DataFrame) -> NDArray[np.uint64]:
+    hashes: NDArray[np.uint64] = np.asarray(pd.util.hash_pandas_object(frame, index=False), dtype=np.uint64)
+    return hashes
 
 
 def _natural(name: str) -> tuple[int, int | str]:
