@@ -93,12 +93,7 @@ def split(secret: Limbs, *, points: Sequence[int], threshold: int, entropy: Entr
     coefficients = np.empty((threshold, len(secret)), dtype=np.int64)
     coefficients[0] = secret
     coefficients[1:] = uniform(entropy, (threshold - 1) * len(secret), prime).reshape(threshold - 1, -1)
-    x = np.array(points, dtype=np.int64)
-    powers = np.empty((len(points), threshold), dtype=np.int64)
-    powers[:, 0] = 1
-    for degree in range(1, threshold):
-        powers[:, degree] = powers[:, degree - 1] * x % prime
-    return powers @ coefficients % prime
+    return _powers(points, threshold, prime).T @ coefficients % prime
 
 
 def combine(shares: Limbs, *, weights: Limbs, prime: int = PRIME) -> Limbs:
@@ -144,6 +139,18 @@ def uniform(entropy: Entropy, count: int, prime: int) -> Limbs:
         draws = np.frombuffer(entropy(4 * (count - len(accepted))), dtype="<u4").astype(np.int64) & mask
         accepted = np.concatenate([accepted, draws[draws < prime]])
     return accepted
+
+
+def _powers(points: Sequence[int], count: int, prime: int) -> Limbs:
+    """int64[count, len(points)]: row i is x^i; each pass doubles the rows there are."""
+    x = np.array(points, dtype=np.int64)
+    powers = np.ones((count, len(x)), dtype=np.int64)
+    have = 1
+    while have < count:
+        more = min(have, count - have)
+        powers[have : have + more] = powers[:more] * (powers[have - 1] * x % prime) % prime
+        have += more
+    return powers
 
 
 def _check_points(points: Sequence[int], prime: int) -> None:

@@ -220,9 +220,9 @@ def box_key(secret: bytes, th: bytes, dealer: int, holder: int) -> bytes:
     return keys.derive(secret, salt=th, info=b"secagg/1/enc" + fixed(dealer) + fixed(holder))
 
 
-def box_context(sid: bytes, th: bytes, dealer: int, holder: int) -> bytes:
-    """Associated data of a box."""
-    return sid + th + fixed(dealer) + fixed(holder)
+def box_context(sid: bytes, th: bytes, dealer: int, holder: int, hashes: bytes, commitment: bytes) -> bytes:
+    """Associated data of a box: what its dealer signs for this holder. All of fixed size."""
+    return sid + th + fixed(dealer) + fixed(holder) + hashes + commitment
 
 
 def pair_mask_key(secret: bytes, th: bytes, one: int, other: int) -> bytes:

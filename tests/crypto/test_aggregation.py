@@ -46,6 +46,8 @@ def test_bits_hold_the_largest_sum_exactly(bound: int, n: int, bits: int) -> Non
         {"context": b"short"},
         {"run": ""},
         {"round": -1},
+        {"degree": 3},
+        {"degree": 4},
     ],
 )
 def test_session_refuses_what_cannot_be(changes: dict[str, Any]) -> None:
@@ -57,6 +59,7 @@ def test_every_field_changes_the_session_id() -> None:
     changes: list[dict[str, Any]] = [
         {"run": "other"}, {"round": 2}, {"attempt": 1}, {"cohort": range(1, 6)}, {"dim": 8}, {"bound": 101},
         {"threshold": 5}, {"minimum_cohort": 5}, {"colluders": 1}, {"context": b"\1" * 32},
+        {"degree": 2},
     ]  # fmt: skip
     ids = {session_id(make_session(**change), b"") for change in [{}, *changes]}
     assert len(ids | {session_id(make_session(), bytes(32))}) == len(changes) + 2
