@@ -112,10 +112,12 @@ def epsilon_curve(
                 value = _last(row)
                 if value is not None:
                     labels.append((value, _group_label(names, len(curves))))
-        if budget is not None and math.isfinite(budget):
-            axes.axhline(budget, color=HURT, linewidth=1.4, linestyle=(0, (6, 3)))
-            drawing.text(axes, f"budget ε = {budget:g}", budget, colour=HURT)
-        axes.set_ylim(0, 1.12 * max(top, budget if budget is not None and budget < 5 * top else 0.0, 1e-9))
+        # A line far above the curves would flatten them, and its label, out of sight, would push the plot together.
+        drawn = budget if budget is not None and budget < 5 * top else None
+        if drawn is not None:
+            axes.axhline(drawn, color=HURT, linewidth=1.4, linestyle=(0, (6, 3)))
+            drawing.text(axes, f"budget ε = {drawn:g}", drawn, colour=HURT)
+        axes.set_ylim(0, 1.12 * max(top, drawn or 0.0, 1e-9))
         _end_labels(axes, rounds, labels, EPSILON)
         axes.set_ylabel(f"ε spent so far, {unit} unit")
         _rounds_axis(axes, rounds)
@@ -125,7 +127,9 @@ def epsilon_curve(
         )
         low = min(value for value in last if value is not None)
         desc += ", the same at every site." if top - low < 1e-9 else f", the lowest at {epsilon_text(low)}."
-        desc += f" The budget line stands at {budget:g}." if budget is not None else " There is no budget line."
+        desc += f" The budget line stands at {drawn:g}." if drawn is not None else " There is no budget line."
+        if drawn is None and budget is not None and math.isfinite(budget):
+            desc += f" The budget of {budget:g} is far above."
         return drawing.finish("ε of each site over the rounds", desc)
 
 
