@@ -69,7 +69,18 @@ class History:
     config_text: str
     summary: Summary
     rounds: tuple[RoundLine, ...]
-    cohort: Cohort | None
+
+    @property
+    def cohorts(self) -> tuple[Cohort, ...]:
+        """The aggregation's numbers for every size of cohort that was invited, the largest first."""
+        sizes = {len(line.invited) for line in self.rounds if line.invited} or {self.summary.sites}
+        found = []
+        for size in sorted(sizes, reverse=True) if self.config.method.sends else ():
+            try:
+                found.append(cohort_of(self.config, size))
+            except ConfigError:  # the figures of a folder that this version can not run
+                continue
+        return tuple(found)
 
     @property
     def evaluated(self) -> tuple[RoundLine, ...]:
@@ -127,11 +138,7 @@ def read(folder: Path) -> History:
     except (ValueError, msgspec.ValidationError) as error:
         raise RunFolderError(f"{folder / SUMMARY} is not the summary of a run: {error}") from None
     rounds = _rounds(folder / METRICS) if (folder / METRICS).is_file() else ()
-    try:
-        cohort = cohort_of(config, summary.sites) if config.method.sends else None
-    except ConfigError:
-        cohort = None
-    return History(config, _text(folder / CONFIG), summary, rounds, cohort)
+    return History(config, _text(folder / CONFIG), summary, rounds)
 
 
 def _config(path: Path) -> Config:

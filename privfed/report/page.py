@@ -92,7 +92,9 @@ def _content(history: History) -> Mapping[str, Any]:
         "adversaries": words.adversaries(history),
         "not_protected": words.not_protected(history),
         "glossary": words.glossary(history),
-        "cohort": history.cohort,
+        "cohort": history.cohorts[0] if history.cohorts else None,
+        "cohort_shrank": len(history.cohorts) > 1,
+        "smallest_sum": min((len(line.contributed) for line in history.rounds if line.contributed), default=None),
         "steps": _dropouts_by_step(history),
         "rounds_summed": sum(bool(line.contributed) for line in history.rounds),
     }

@@ -5,8 +5,11 @@ promise: the page then says so.
 """
 
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Decimal
+from pathlib import PurePath
 
 from privfed.config import Config
+from privfed.data.tables import Table
 from privfed.privacy.events import NoiseSite, PrivacyUnit
 
 from .history import History
@@ -32,10 +35,8 @@ def delta_text(delta: float) -> str:
 
 
 def epsilon_text(epsilon: float) -> str:
-    """Rounded up in its fourth digit: a privacy loss is never shown smaller than it is."""
-    from decimal import ROUND_CEILING, Context
-
-    return f"{float(Context(prec=4, rounding=ROUND_CEILING).create_decimal(repr(epsilon))):g}"
+    """Three decimals, rounded up: a privacy loss is never shown smaller than it is."""
+    return str(Decimal(repr(float(epsilon))).quantize(Decimal("0.001"), ROUND_CEILING))
 
 
 def signed(value: float) -> str:
@@ -49,6 +50,9 @@ def method_name(config: Config) -> str:
 
 
 def data_name(config: Config) -> str:
+    if isinstance(config.data, Table):
+        files = [config.data.file] if config.data.file else sorted(config.data.files.values())
+        return ", ".join(PurePath(file).name for file in files[:3]) + (" and more" if len(files) > 3 else "")
     return str(type(config.data).__struct_config__.tag)
 
 
@@ -94,7 +98,7 @@ def particulars(history: History) -> list[tuple[str, str]]:
     config, summary = history.config, history.summary
     privacy = summary.privacy
     run = [
-        ("Data", data_name(config) + (" (simulated sites)" if summary.simulated else "")),
+        ("Data", data_name(config)),
         ("Model", model_name(config)),
         ("Method", method_name(config)),
         ("Aggregation", summary.aggregation.kind if config.method.sends else "none: nothing is sent"),
@@ -124,28 +128,24 @@ def adversaries(history: History) -> list[Adversary]:
             Adversary("Whoever gets a site's own model", "That model", "No claim: it is trained without noise"),
         ]
     rows: list[Adversary] = []
-    cohort = history.cohort
+    cohorts = history.cohorts
     if summary.aggregation.kind == "masked":
-        n = cohort.size if cohort else summary.sites
-        smallest = f"at least {cohort.size - cohort.tolerated_dropouts} of {n}" if cohort else "the"
-        threshold = cohort.threshold if cohort else None
+        # Sites that leave for good make the cohort smaller: the promise is that of the smallest one.
+        fewest = min((cohort.size - cohort.tolerated_dropouts for cohort in cohorts), default=None)
+        smallest = f"at least {fewest} of {summary.sites}" if fewest is not None else "the"
         rows += [
             Adversary("A curious server", f"Each round, the sum of {smallest} sites' updates; no single one", promise),
             Adversary("The server and one site", "The sum without that site's own update", promise),
         ]
-        if threshold is not None:
-            rows.append(
-                Adversary(
-                    f"The server and {threshold} or more sites", "Every update: the masks no longer hide", promise
-                )
-            )
-            rows.append(
-                Adversary(
-                    "A malicious server, which breaks the protocol",
-                    f"The sum only, while fewer than {max(0, 2 * threshold - n)} sites collude with it",
-                    promise,
-                )
-            )
+        if cohorts:
+            threshold = min(cohort.threshold for cohort in cohorts)
+            colluders = min(cohort.colluders for cohort in cohorts)
+            holders = f"The server and {threshold} or more holders of a site's shares"
+            stopped = f"The sum only, while no more than {colluders} of the sites collude with it"
+            rows += [
+                Adversary(holders, "That site's update: its mask no longer hides", promise),
+                Adversary("A malicious server, which breaks the protocol", stopped, promise),
+            ]
     elif summary.aggregation.kind == "plain":
         rows += [
             Adversary("A curious server", "Every site's update, every round", promise),
@@ -160,7 +160,7 @@ def adversaries(history: History) -> list[Adversary]:
         Adversary(
             "A malicious site",
             "As any site; it can also poison the model or abort rounds",
-            f"For others' {unit}s: {promise}",
+            f"For others' {unit}s: {promise}" if promise.startswith("ε") else promise,
         ),
     ]
     return rows
@@ -192,6 +192,11 @@ def not_protected(history: History) -> list[str]:
         points.append(
             "These sites were simulated on one machine, which held all records. The table says what the same messages "
             "would show between real hospitals."
+        )
+    else:
+        points.append(
+            "A machine that reads the files of several sites, as privfed run does, sees all their records. The table "
+            "is about the messages between sites."
         )
     return points
 

@@ -53,6 +53,7 @@ def make_folder(
     uneven: bool = False,
     refusals: dict[str, str] | None = None,
     aborted: dict[int, str] | None = None,
+    leaves: str | None = None,
     silent: Sequence[str] = (),
     undefined: Sequence[str] = (),
     simulated: bool = True,
@@ -61,6 +62,7 @@ def make_folder(
     """A run's folder as `privfed run` leaves it, with invented figures.
 
     Args:
+        leaves: a site that is not invited after the first round.
         silent: sites that never measure anything. undefined: sites whose figures are all None.
         uneven: every site spends at its own pace.
     """
@@ -93,8 +95,8 @@ def make_folder(
             {
                 "run": "made",
                 "round": number,
-                "invited": list(sites),
-                "contributed": [] if number in aborted else [site for site in sites if site not in gone],
+                "invited": [site for site in sites if number == 0 or site != leaves],
+                "contributed": [] if number in aborted else [site for site in sites if site not in (*gone, leaves)],
                 "dropped": {"mask": gone} if gone else {},
                 "refused": refusals if number == 0 else {},
                 "aborted": aborted.get(number),
@@ -385,11 +387,26 @@ def test_local_run_says_that_nothing_was_sent(pages: dict[str, str]) -> None:
 
 def test_table_of_promises_follows_the_aggregation(pages: dict[str, str]) -> None:
     masked, plain = Outline(pages["plain-run"]).words, Outline(pages["no-claim"]).words
-    # n = 5: threshold 4, minimum cohort 4, 2 · 4 − 5 = 3
+    # n = 5: threshold 4, minimum cohort 4, colluders 2 · 4 − 5 − 1 = 2
     assert "the sum of at least 4 of 5 sites' updates" in masked
-    assert "The server and 4 or more sites Every update" in masked
-    assert "while fewer than 3 sites collude" in masked
+    assert "The server and 4 or more holders of a site's shares That site's update" in masked
+    assert "while no more than 2 of the sites collude" in masked
     assert "Every site's update, every round" in plain and "Single updates: plain aggregation" in plain
+
+
+def test_promise_is_that_of_the_smallest_cohort(tmp_path: Path) -> None:
+    words = Outline(report.render(make_folder(tmp_path / "run", FIVE, leaves="hospital-2"))).words
+    # n = 4 after the first round: threshold 3, minimum cohort 3, colluders 2 · 3 − 4 − 1 = 1; one of the four drops out
+    assert "the sum of at least 3 of 5 sites' updates" in words and "while no more than 1 of the sites collude" in words
+    assert "later cohorts were smaller" in words and "Smallest sum that was released 3 sites" in words
+
+
+def test_real_files_are_named_without_their_folders(tmp_path: Path) -> None:
+    data = """data={source='csv', file='/some/place/heart.csv', site='s', label='y', classes={no=['0'], yes=['1']},
+        numeric=[{name='age', range=[0, 100]}]}""".replace("\n", " ")
+    words = Outline(report.render(make_folder(tmp_path / "run", FIVE, overrides=[data], simulated=False)))
+    header = words.words[: words.words.index("How good the models are")]
+    assert "5 real sites" in header and "Data heart.csv" in header and "Simulated" not in header
 
 
 def test_hurt_sites_are_marked_in_words(pages: dict[str, str]) -> None:
@@ -441,7 +458,9 @@ def test_instructions_to_verify_work(run_folder: Path) -> None:
     assert sites == pytest.approx(summary["privacy"]["epsilon"]["per_site"], rel=1e-9)
 
 
-@pytest.mark.parametrize(("epsilon", "text"), [(3.9914677, "3.992"), (4.0, "4"), (0.0, "0"), (12.34501, "12.35")])
+@pytest.mark.parametrize(
+    ("epsilon", "text"), [(3.9914677, "3.992"), (4.0, "4.000"), (0.0, "0.000"), (12.345001, "12.346")]
+)
 def test_epsilon_is_rounded_up(epsilon: float, text: str) -> None:
     assert epsilon_text(epsilon) == text
 
