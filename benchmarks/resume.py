@@ -46,7 +46,7 @@ def main() -> None:
         for trial in range(trials):
             folder = Path(scratch) / f"trial-{trial}"
             child(partial(privfed.run, config, out=folder, prepared=prepared), randomness.uniform(0, 1.1 * seconds))
-            if not (folder / "config.toml").exists():  # killed before the folder was a run's: nothing was spent
+            if not (folder / "run.json").exists():  # killed before the folder was a run's: nothing was spent
                 killed["before its first round"] += 1
                 same, verified = same + 1, verified + 1
                 continue

@@ -1,22 +1,25 @@
 """``privfed.run``: one call from a configuration to a finished run, and what it gives back."""
 
+import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
 import torch
 
 from privfed.privacy.accountant import Accountant
 from privfed.privacy.calibration import noise_multiplier_for
 from privfed.privacy.events import PrivacyUnit
+from privfed.privacy.ledger import Ledger
 
 from . import config_io, folder, keyring
 from .config import Config
 from .data.records import Sites
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, RunFolderError
 from .federation import Federation, RoundReport, cohort_of
 from .folder import Checkpoint, RunFacts, RunFolder
 from .parameters import load_vector, to_vector
@@ -133,6 +136,8 @@ def prepare_resumed(path: Path | str) -> Preparation:
 def resume(path: Path | str, *, observer: Observer | None = None, prepared: Preparation | None = None) -> Run:
     """Go on with an interrupted run where it stopped. A round that was cut short is the same round again.
 
+    A run that has ended stays as it is.
+
     Args:
         path: the run's folder.
         observer: called with every further round's report.
@@ -152,62 +157,103 @@ def _drive(ready: Preparation, home: RunFolder, observer: Observer | None) -> Ru
     torch.set_num_threads(config.simulation.threads)
     started = datetime.now(UTC)
     facts = home.facts()
-    with (
-        home.locked(),
-        open_consortium(
+    with home.locked():
+        if (home.path / folder.SUMMARY).exists():
+            return _ended(home)
+        # All that could be wrong with the folder is found here, before anything is written
+        home.require_whole()
+        checkpoint = home.load_checkpoint()
+        if checkpoint is None:
+            start = to_vector(build_model(config, ready.schema))
+            checkpoint = Checkpoint(0, config.method.init_server(start), {}, {})
+        lines = home.metrics(checkpoint.next_round)
+        reports = [report_of(line) for line in lines]
+        earlier = sum(report.seconds for report in reports)
+        if reports:
+            _same_spending(home, config, reports)
+        with open_consortium(
             config,
             ready.data,
             ready.schema,
             ledger=home.ledger(),
             journal=home.path / folder.JOURNAL,
             accountant=ready.accountant,
-        ) as consortium,
-    ):
-        _same_records(home, consortium)
-        checkpoint = home.load_checkpoint()
-        if checkpoint is None:
-            start = to_vector(build_model(config, ready.schema))
-            checkpoint = Checkpoint(0, config.method.init_server(start), {}, {})
-        lines = home.metrics(checkpoint.next_round)
-        home.keep_metrics(lines)  # a line beyond the checkpoint is of the round that is now done again
-        reports = [report_of(line) for line in lines]
-        for name, private in checkpoint.sites.items():
-            consortium.sites[name].restore(private)
-        federation = Federation(
-            config=config,
-            run=facts.run,
-            roster=consortium.roster,
-            engine=consortium.engine,
-            noise_multiplier=ready.noise_multiplier,
-            state=checkpoint.server,
-            first_round=checkpoint.next_round,
-            retired=checkpoint.retired,
-        )
-        for report in federation.rounds():
-            reports.append(report)
-            home.add_metrics(metrics_line(facts.run, report))
-            home.save_checkpoint(
-                Checkpoint(
-                    federation.next_round,
-                    federation.state,
-                    {name: site.private_state for name, site in consortium.sites.items()},
-                    federation.retired,
-                )
+        ) as consortium:
+            _same_records(home, consortium)
+            home.keep_metrics(lines)  # a line beyond the checkpoint is of the round that is now done again
+            for name, private in checkpoint.sites.items():
+                consortium.sites[name].restore(private)
+            federation = Federation(
+                config=config,
+                run=facts.run,
+                roster=consortium.roster,
+                engine=consortium.engine,
+                noise_multiplier=ready.noise_multiplier,
+                state=checkpoint.server,
+                first_round=checkpoint.next_round,
+                retired=checkpoint.retired,
             )
-            if observer is not None:
-                observer(report)
-        summary = summarize(
-            config,
-            run=facts.run,
-            spent={name: site.spent(config.privacy.delta) for name, site in consortium.sites.items()},
-            simulated=ready.data.simulated,
-            noise_multiplier=ready.noise_multiplier,
-            reports=reports,
-            retired=federation.retired,
-            seconds=(datetime.now(UTC) - started).total_seconds(),
-        )
-        _leave(ready, home, federation, consortium, summary)
+            for report in federation.rounds():
+                reports.append(report)
+                home.add_metrics(metrics_line(facts.run, report))
+                home.save_checkpoint(
+                    Checkpoint(
+                        federation.next_round,
+                        federation.state,
+                        {name: site.private_state for name, site in consortium.sites.items()},
+                        federation.retired,
+                    )
+                )
+                if observer is not None:
+                    observer(report)
+            summary = summarize(
+                config,
+                run=facts.run,
+                spent={name: site.spent(config.privacy.delta) for name, site in consortium.sites.items()},
+                simulated=ready.data.simulated,
+                noise_multiplier=ready.noise_multiplier,
+                reports=reports,
+                retired=federation.retired,
+                seconds=earlier + (datetime.now(UTC) - started).total_seconds(),
+            )
+            _leave(ready, home, federation, consortium, summary)
     return Run(home.path, summary, tuple(reports), federation.state["theta"])
+
+
+def _ended(home: RunFolder) -> Run:
+    """The run that has ended in this folder, as it stands."""
+    checkpoint = home.load_checkpoint()
+    if checkpoint is None:
+        raise RunFolderError(
+            f"{home.path} has a {folder.SUMMARY} and no {folder.CHECKPOINT}: restore it from your copy"
+        )
+    reports = tuple(report_of(line) for line in home.metrics(checkpoint.next_round))
+    return Run(home.path, _summary(home), reports, checkpoint.server["theta"])
+
+
+def _summary(home: RunFolder) -> Summary:
+    try:
+        return msgspec.json.decode((home.path / folder.SUMMARY).read_bytes(), type=Summary)
+    except (msgspec.MsgspecError, OSError, UnicodeDecodeError) as error:
+        raise RunFolderError(f"{home.path / folder.SUMMARY} is damaged ({type(error).__name__})") from None
+
+
+def _same_spending(home: RunFolder, config: Config, reports: Sequence[RoundReport]) -> None:
+    """Raise if the ledger has lost what the rounds done so far have spent: an older copy would spend it again."""
+    with Ledger(home.ledger()) as book:
+        book.verify()
+        entries = [line.entry for line in book.entries()]
+    if config.privacy.unit is PrivacyUnit.NONE or not config.method.sends:
+        return
+    run = home.facts().run
+    booked = {(entry.site, entry.round) for entry in entries if entry.kind == "charge" and entry.run == run}
+    for report in reports:
+        for site in report.contributed:
+            if (site, report.round) not in booked:
+                raise RunFolderError(
+                    f"{home.ledger()} does not hold what {site} spent in round {report.round} of this run: it is an "
+                    "older copy or another ledger. Restore the latest one; nothing was changed"
+                )
 
 
 def _leave(
@@ -216,7 +262,7 @@ def _leave(
     """Write what a finished run leaves, and erase what only an unfinished one needs."""
     model = build_model(ready.config, ready.schema)
     load_vector(model, federation.state["theta"])
-    about = {"run": summary.run, "inputs": "\n".join(ready.data.inputs), "classes": "\n".join(ready.data.classes)}
+    about = {"run": summary.run, "inputs": json.dumps(ready.data.inputs), "classes": json.dumps(ready.data.classes)}
     home.save_tensors(folder.MODEL, dict(model.named_parameters()), about)
     personal = {name: site.private_state["theta"] for name, site in consortium.sites.items() if site.private_state}
     home.save_tensors(folder.PERSONAL, personal, about)
@@ -227,7 +273,7 @@ def _leave(
 
 def _same_records(home: RunFolder, consortium: Consortium) -> None:
     """Raise `DataError` if the records differ from those that the run began with; note them if it begins now."""
-    now = {name: site.dataset for name, site in consortium.sites.items()}
+    now = {name: site.fingerprint for name, site in consortium.sites.items()}
     before = home.datasets(now)
     changed = sorted(name for name in {*now, *before} if now.get(name) != before.get(name))
     if changed:

@@ -1,16 +1,17 @@
 """A run's folder: what it leaves behind, written so that a kill at any instant loses nothing that stood there."""
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .errors import RunFolderError
@@ -34,11 +35,13 @@ class RunFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         run: its id.
         ledger: path of the ledger; relative to the folder if it stands inside.
         noise_multiplier: σ/C; 0 without a claim.
+        config_sha256: of config.toml; written by `RunFolder.create`.
     """
 
     run: str
     ledger: str
     noise_multiplier: float
+    config_sha256: str = ""
 
 
 class Checkpoint(msgspec.Struct, frozen=True):
@@ -67,8 +70,10 @@ class RunFolder:
         folder = cls(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            folder.write(RUN, msgspec.json.format(msgspec.json.encode(facts), indent=2).decode() + "\n")
+            facts = msgspec.structs.replace(facts, config_sha256=hashlib.sha256(config.encode()).hexdigest())
             folder.write(CONFIG, config)
+            # Last: with it the folder is a run's, and can be resumed
+            folder.write(RUN, msgspec.json.format(msgspec.json.encode(facts), indent=2).decode() + "\n")
         except OSError as error:
             raise RunFolderError(f"can not write to {path}: {error.strerror}") from None
         return folder
@@ -78,14 +83,40 @@ class RunFolder:
         """The folder of a run that was started.
 
         Raises:
-            RunFolderError: it is not one.
+            RunFolderError: it is not one, or its facts or its configuration are not as they were written.
         """
         if not path.is_dir():
             raise RunFolderError(f"there is no folder {path}")
         for name in (RUN, CONFIG):
             if not (path / name).is_file():
                 raise RunFolderError(f"{path} is not a run's folder: it has no {name}")
-        return cls(path)
+        folder = cls(path)
+        if hashlib.sha256((path / CONFIG).read_bytes()).hexdigest() != folder.facts().config_sha256:
+            raise RunFolderError(
+                f"{path / CONFIG} is not the configuration that the run began with: nothing was changed; restore it, "
+                f"or start a new run from it with --ledger {folder.ledger()}"
+            )
+        return folder
+
+    def require_whole(self) -> None:
+        """Return if everything is there that the rounds done so far have left.
+
+        Without its ledger a run would forget what it spent, and without its journal or its key it would be another.
+
+        Raises:
+            RunFolderError: names what is missing. Nothing was changed.
+        """
+        ledger = self.ledger()
+        begun = (self.path / DATASETS).exists()
+        if not begun and any((self.path / name).exists() for name in (CHECKPOINT, METRICS)):
+            raise RunFolderError(
+                f"{self.path / DATASETS} is missing: nothing tells which records the run began with. Restore it from "
+                "your copy"
+            )
+        needed = [ledger, self.path / JOURNAL] if begun else [ledger] if not ledger.is_relative_to(self.path) else []
+        for path in needed:
+            if not path.is_file():
+                raise RunFolderError(f"{path} is missing: the run can not go on without it. Restore it from your copy")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -112,8 +143,6 @@ class RunFolder:
         """Site → keyed fingerprint of the records that the run began with; ``now`` if it begins now."""
         path = self.path / DATASETS
         if not path.exists():
-            if (self.path / CHECKPOINT).exists():
-                raise RunFolderError(f"{path} is missing: nothing tells which records the run began with")
             self.write(DATASETS, msgspec.json.encode(now).decode() + "\n")
         try:
             return msgspec.json.decode(path.read_bytes(), type=dict[str, str])
@@ -137,7 +166,8 @@ class RunFolder:
         A last line cut short by a kill is left out: its round is done again.
 
         Raises:
-            RunFolderError: a line in the middle is damaged, or one of the first ``rounds`` is missing.
+            RunFolderError: a line in the middle is damaged, one of the first ``rounds`` is missing, or more rounds are
+                there than the one that may have been cut short.
         """
         path = self.path / METRICS
         texts = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
@@ -153,6 +183,11 @@ class RunFolder:
             lines.append(line)
         if rounds is not None and len(lines) < rounds:
             raise RunFolderError(f"{path} has {len(lines)} whole lines, the checkpoint stands at round {rounds}")
+        if rounds is not None and len(lines) > rounds + 1:
+            raise RunFolderError(
+                f"{self.path / CHECKPOINT} is missing or old: it stands at round {rounds}, {path} has {len(lines)} "
+                "rounds. Restore it from your copy"
+            )
         return lines[:rounds]
 
     def keep_metrics(self, lines: list[dict[str, Any]]) -> None:
@@ -177,11 +212,10 @@ class RunFolder:
         if not path.exists():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
-                facts = file.metadata() or {}
+            tensors, facts = _read_tensors(path)
             server: dict[str, Tensor] = {}
             sites: dict[str, dict[str, Tensor]] = {}
-            for key, tensor in load_file(path).items():
+            for key, tensor in tensors.items():
                 owner, _, rest = key.partition("/")
                 if owner == "server":
                     server[rest] = tensor
@@ -189,16 +223,13 @@ class RunFolder:
                     site, _, name = rest.rpartition("/")
                     sites.setdefault(site, {})[name] = tensor
             return Checkpoint(int(facts["next_round"]), server, sites, json.loads(facts["retired"]))
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise self._damaged(CHECKPOINT, error) from None
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
-        """Named tensors as a safetensors file (mode 0600), in one step."""
-        temporary = self.path / (name + ".new")
-        temporary.unlink(missing_ok=True)
-        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o600))
-        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, temporary, dict(facts))
-        _settle(temporary, self.path / name)
+        """Named tensors as a safetensors file (mode 0600), in one step, with a digest of their content."""
+        whole = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+        self._replace(name, save(whole, {**facts, _DIGEST: _digest(whole, facts)}), mode=0o600)
 
     def load_tensors(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         """A safetensors file's tensors and metadata.
@@ -212,20 +243,50 @@ class RunFolder:
                 f"{self.path} has no {name}: its run has not finished; go on with --resume {self.path}"
             )
         try:
-            with safe_open(path, framework="pt") as file:
-                facts = file.metadata() or {}
-            return load_file(path), facts
+            return _read_tensors(path)
         except (OSError, SafetensorError, ValueError) as error:
             raise self._damaged(name, error) from None
 
     def write(self, name: str, text: str) -> None:
         """A whole text file, replaced in one step."""
+        self._replace(name, text.encode(), mode=0o666)
+
+    def _replace(self, name: str, content: bytes, *, mode: int) -> None:
+        """Raises OSError, with what stood there still there."""
         temporary = self.path / (name + ".new")
-        temporary.write_text(text, encoding="utf-8")
-        _settle(temporary, self.path / name)
+        try:
+            temporary.unlink(missing_ok=True)
+            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+                file.write(content)
+            _settle(temporary, self.path / name)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise OSError(error.errno, f"{error.strerror}: {self.path / name} could not be written") from None
 
     def _damaged(self, name: str, error: Exception) -> RunFolderError:
         return RunFolderError(f"{self.path / name} is damaged ({type(error).__name__}): nothing was changed")
+
+
+_DIGEST = "sha256"
+
+
+def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A safetensors file's tensors and facts. Raises ValueError if they are not those that were saved."""
+    with safe_open(path, framework="pt") as file:
+        facts = dict(file.metadata() or {})
+    tensors = load_file(path)
+    expected = facts.pop(_DIGEST, "")
+    if _digest(tensors, facts) != expected:
+        raise ValueError("its content does not match its digest")
+    return tensors, facts
 
 
 def require_empty(path: Path) -> None:

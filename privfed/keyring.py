@@ -1,6 +1,8 @@
 """The secret that belongs to a ledger: 32 bytes in a file beside it, for its owner alone."""
 
 import os
+import secrets
+from contextlib import suppress
 from pathlib import Path
 
 from privfed.privacy.noise import KEY_BYTES, derive_key, new_key
@@ -40,13 +42,17 @@ def site_key(key: bytes, site: str, purpose: str) -> bytes:
 
 def _create(path: Path) -> bytes:
     key = new_key()
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(key)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(draft, path)  # whole under its name at once, and never over another's
     except OSError as error:
         raise RunFolderError(f"can not create {path}: {error.strerror}") from None
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(key)
-        file.flush()
-        os.fsync(file.fileno())
+    finally:
+        with suppress(OSError):
+            draft.unlink()
     return key

@@ -1,5 +1,6 @@
 """New records through a finished run's model, with the preprocessing that the run declared."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def predict(run: Path | str, file: Path | str, *, site: str | None = None) -> Pr
     home = RunFolder.open(Path(run))
     config = config_io.load_config(home.path / folder.CONFIG)
     tensors, facts = home.load_tensors(folder.MODEL)
-    inputs, classes = facts["inputs"].split("\n"), facts["classes"].split("\n")
+    inputs, classes = json.loads(facts["inputs"]), json.loads(facts["classes"])
     model = mlp(len(inputs), config.model.hidden, len(classes), seed=config.seed)
     model.load_state_dict(tensors)
     theta = to_vector(model)

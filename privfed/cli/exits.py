@@ -1,5 +1,7 @@
 """Exit codes: 0 done, 1 it failed, 2 bad usage or configuration, 3 budgets or refusals, 4 a verification failed."""
 
+import sqlite3
+
 FAILED, BAD_USAGE, INCOMPLETE, NOT_VERIFIED = 1, 2, 3, 4
 
 
@@ -16,6 +18,6 @@ def exit_code(error: Exception) -> int | None:
             return INCOMPLETE
         case ConfigError() | NoGuarantee() | RunFolderError():
             return BAD_USAGE
-        case PrivfedError() | PrivacyError() | AggregationError() | OSError():
+        case PrivfedError() | PrivacyError() | AggregationError() | OSError() | sqlite3.Error():
             return FAILED
     return None

@@ -1,5 +1,6 @@
 """A whole consortium in one process: sites, identities and the engine between them."""
 
+import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from .. import keyring
 from ..config import Config
 from ..data.records import Sites
 from ..engines.local import Engine, LocalEngine
+from ..errors import RunFolderError
 from ..site import Schema, Site
 from .faults import FaultyEngine
 
@@ -64,7 +66,7 @@ def open_consortium(
                 data=records,
                 schema=schema,
                 ledger=book,
-                journal=SQLiteJournal(journal, name),
+                journal=_journal(journal, name),
                 fingerprint_key=keyring.site_key(key, name, "fingerprint"),
                 noise_key=keyring.site_key(key, name, "noise")
                 if seed is None
@@ -77,3 +79,10 @@ def open_consortium(
         }
         engine = FaultyEngine(LocalEngine(sites), config.simulation, seed=config.seed)
         yield Consortium(sites, roster, engine)
+
+
+def _journal(path: Path, site: str) -> SQLiteJournal:
+    try:
+        return SQLiteJournal(path, site)
+    except sqlite3.DatabaseError as error:
+        raise RunFolderError(f"{path} is damaged ({error}): restore it from your copy") from None
