@@ -146,7 +146,7 @@ class Site:
         schema: what is public about every site's table.
         ledger: where its spends are written. It may hold the chains of other simulated sites too.
         journal: the aggregation's durable memory.
-        fingerprint_key: bytes[32]; the ledger names the data set by a keyed hash under it.
+        fingerprint_key: bytes[32]; the ledger names the site's records by keyed hashes under it.
         noise_key: bytes[32]; every random number of a release derives from it and from what the release is bound to,
             so that a round replayed after a crash is the same release, and any other round has independent noise.
         policy: what this site demands, whatever a plan says.
@@ -178,7 +178,11 @@ class Site:
         self._identity, self._roster = identity, roster
         self._index = roster.index_of(identity.member.secagg_key)
         self._data, self._schema = data, schema
-        self._dataset = data.fingerprint(fingerprint_key)
+        self._fingerprint = data.fingerprint(fingerprint_key)
+        # One book for a site, whatever its table holds today: a record that was there last year is still in it after
+        # another was added, and its ε must not start again.
+        self._dataset = noise.derive_key(fingerprint_key, b"ledger", self.name.encode()).hex()
+        self._measured: tuple[str, int] | None = None
         self._ledger, self._accountant = ledger, accountant
         self._journal = _Replayable(journal)
         self._noise_key, self._insecure, self._policy = noise_key, insecure, policy
@@ -189,9 +193,9 @@ class Site:
         self._current: _Round | None = None
 
     @property
-    def dataset(self) -> str:
-        """The keyed fingerprint under which the ledger books this site's records."""
-        return self._dataset
+    def fingerprint(self) -> str:
+        """Keyed hash of the records, in hex: a resumed run must find the same ones."""
+        return self._fingerprint
 
     @property
     def private_state(self) -> State:
@@ -277,7 +281,7 @@ class Site:
         config = plan.config
         labels: tuple[bytes, ...] = (plan.round.to_bytes(8, "big"), plan.attempt.to_bytes(8, "big"))
         if not self._insecure:  # a known seed is for comparing runs: it gives every run the same noise
-            labels += (bytes.fromhex(self._dataset), plan.run.encode(), context)
+            labels += (bytes.fromhex(self._fingerprint), plan.run.encode(), context)
         key = noise.derive_key(self._noise_key, b"round", *labels)
         door = self._door(plan, noise.generator(key))
         update = config.method.contribute(state, door)
@@ -297,7 +301,7 @@ class Site:
                 noise=config.privacy.noise,
                 charges=door.charges,
                 insecure_seed=self._insecure,
-                metadata={"context": context.hex()},
+                metadata={"context": context.hex(), "records": self._fingerprint},
             )
             budget = self._budget(config)
             self._ledger.charge(entry, lambda prior, new: budget.ensure(self._accountant, prior, new, site=self.name))
@@ -305,6 +309,10 @@ class Site:
 
     def _evaluate(self, message: wire.Evaluate) -> wire.Measurement:
         plan, state = self._accept(message.plan, message.state)
+        if self._measured is not None and self._measured[0] == plan.run and plan.round <= self._measured[1]:
+            # Exact figures on models of someone's choice would be an oracle for single records: one answer a round.
+            raise wire.WireError(f"{self.name} has measured round {plan.round} already")
+        self._measured = (plan.run, plan.round)
         self._current = None
         config, split = plan.config, self._split_of(plan.config)
         model = build_model(config, self._schema)

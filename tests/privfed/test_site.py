@@ -359,3 +359,21 @@ def test_no_record_shows_in_a_reply_a_log_or_a_repr(house: House, caplog: pytest
         assert secret not in b"".join(replies)
     measured = wire.decode_reply(replies[1])
     assert isinstance(measured, wire.Measurement) and measured.epsilon == site.spent(1e-5).value > 0
+
+
+def test_another_record_in_the_table_does_not_start_epsilon_again(house: House) -> None:
+    run = house.federation(config(rounds=1))
+    list(run.rounds())
+    before = house.sites["a"].spent(1e-5).value
+    grown = house.start("a", data=records(ord("a"), n=41))
+    assert grown.fingerprint != house.sites["a"].fingerprint
+    assert grown.spent(1e-5).value == before > 0
+
+
+def test_exact_figures_are_given_once_a_round(house: House) -> None:
+    asked = config()
+    message = wire.encode(wire.Evaluate(0, "evaluate", wire.encode_plan(house.plan(asked)), state_of(0.0)))
+    other = wire.encode(wire.Evaluate(0, "evaluate", wire.encode_plan(house.plan(asked)), state_of(0.5)))
+    assert isinstance(wire.decode_reply(house.sites["a"].handle(message)), wire.Measurement)
+    refusal = wire.decode_reply(house.sites["a"].handle(other))
+    assert isinstance(refusal, wire.Refusal) and "measured round 0 already" in refusal.reason
