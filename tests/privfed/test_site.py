@@ -21,7 +21,7 @@ from privfed.privacy.ledger import Ledger
 from privfed.privacy.oracle import plain as plain_module
 from privfed.site import Site, session_of
 
-from .house import MARK, SIGMA, SIZE, House, changed, config, state_of
+from .house import MARK, SIGMA, SIZE, House, changed, config, records, state_of
 
 PLAIN = config(aggregation=Aggregation(kind="plain"))
 
