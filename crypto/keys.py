@@ -75,9 +75,20 @@ def verification_key(private: bytes) -> bytes:
     return Ed25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
+class SigningKey:
+    """An Ed25519 private key, parsed once: parsing costs as much as a signature. Its repr is bare."""
+
+    def __init__(self, private: bytes) -> None:
+        self._key = Ed25519PrivateKey.from_private_bytes(private)
+
+    def sign(self, statement: bytes) -> bytes:
+        """A 64-byte signature. Deterministic, so a replayed answer is byte-identical (RFC 8032 §5.1.6)."""
+        return self._key.sign(statement)
+
+
 def sign(private: bytes, statement: bytes) -> bytes:
-    """A 64-byte Ed25519 signature. Deterministic, so a replayed answer is byte-identical (RFC 8032 §5.1.6)."""
-    return Ed25519PrivateKey.from_private_bytes(private).sign(statement)
+    """One signature of `SigningKey`."""
+    return SigningKey(private).sign(statement)
 
 
 Verify = Callable[[bytes, bytes, bytes], None]

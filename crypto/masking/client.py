@@ -61,7 +61,8 @@ class MaskedClient:
         if self._index not in session.cohort:
             raise ValueError(f"client {self._index} is not in the cohort {session.cohort}")
         self.phase = m.ADVERTISE
-        self._session, self._identity, self._roster = session, identity, roster
+        self._session, self._roster = session, roster
+        self._signing_key = keys.SigningKey(identity.secagg_private)
         self._sid = session_id(session, roster.hash)
         self._vector, self._journal = vector, journal
         self._threads, self._verify = threads, verify
@@ -113,7 +114,9 @@ class MaskedClient:
 
     def _forget(self) -> None:
         """Drops everything secret; also what a machine holds before it starts."""
-        self._seed = self._self_mask = self._th = self._dealers_bytes = self._survivors_bytes = b""
+        self._seed = self._self_mask = self._advertisement = self._th = self._dealers_bytes = self._survivors_bytes = (
+            b""
+        )
         self._keys: dict[str, keys.ExchangeKey] = {}
         self._graph = Graph((), None)
         self._dealers: tuple[int, ...] = ()
@@ -129,18 +132,20 @@ class MaskedClient:
         self._keys = {purpose: keys.ExchangeKey(self._private(purpose)) for purpose in ("mask key", "box key")}
         mask_key, box_key = (key.public for key in self._keys.values())
         statement = m.advertise_statement(sid, self._index, mask_key, box_key)
-        return m.Advertise(sid=sid, mask_key=mask_key, box_key=box_key, signature=self._sign(statement))
+        reply = m.Advertise(sid=sid, mask_key=mask_key, box_key=box_key, signature=self._sign(statement))
+        self._advertisement = encode(reply)
+        return reply
 
     def _deal(self, request: m.Members) -> m.Deal:
         # 1. Whose keys: a subset of the cohort, large enough, with this client's own keys unaltered in it.
         members = self._subset(request.members, of=self._session.cohort, what="members")
         advertisements = records(request.advertisements, len(members), m.ADVERTISEMENT_BYTES)
+        if advertisements[members.index(self._index)] != self._advertisement:
+            raise RemoteProtocolError("the server replaced this client's own keys")
         advertised = {
             member: self._check_advertisement(member, advertisement)
             for member, advertisement in zip(members, advertisements, strict=True)
         }
-        if advertised[self._index] != tuple(key.public for key in self._keys.values()):
-            raise RemoteProtocolError("the server replaced this client's own keys")
         if len({key for pair in advertised.values() for key in pair}) != 2 * len(members):
             raise RemoteProtocolError("two of the advertised keys are the same")
         self._th = m.transcript(self._sid, members, advertisements)
@@ -237,7 +242,7 @@ class MaskedClient:
         return self._entropy(purpose)(keys.KEY_BYTES)
 
     def _sign(self, statement: bytes) -> bytes:
-        return keys.sign(self._identity.secagg_private, statement)
+        return self._signing_key.sign(statement)
 
     def _subset(self, data: bytes, *, of: tuple[int, ...], what: str) -> tuple[int, ...]:
         """Checked indices: from `of`, this client among them, no fewer than the quorum."""
@@ -253,8 +258,9 @@ class MaskedClient:
         advertised = decode(advertisement, m.Advertise, most=m.ADVERTISEMENT_BYTES)
         if advertised.sid != self._sid:
             raise RemoteProtocolError("an advertisement is of another session")
-        statement = m.advertise_statement(self._sid, member, advertised.mask_key, advertised.box_key)
-        self._verify(self._roster.members[member].secagg_key, advertised.signature, statement)
+        if member != self._index:  # its own has been compared byte for byte
+            statement = m.advertise_statement(self._sid, member, advertised.mask_key, advertised.box_key)
+            self._verify(self._roster.members[member].secagg_key, advertised.signature, statement)
         return advertised.mask_key, advertised.box_key
 
     def _split(self, secrets: tuple[bytes, bytes], holders: tuple[int, ...]) -> list[bytes]:
