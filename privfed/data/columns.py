@@ -107,12 +107,12 @@ def numbers(values: "pd.Series[str]", missing: frozenset[str], decimal: str = ".
         DataError: some value is neither a number nor missing.
     """
     gone = is_missing(values, missing)
-    parsed: NDArray[np.float64] = np.array(_parsed(values, decimal), dtype=np.float64)
+    parsed: NDArray[np.float64] = _parsed(values, decimal)
     parsed[gone] = np.nan
     wrong = ~gone & ~np.isfinite(parsed)
     if wrong.any():
         remedy = "list the column under categorical, or the text under data.missing_values"
-        if decimal == "." and bool(np.isfinite(_parsed(values[wrong], ",").to_numpy(np.float64)).all()):
+        if decimal == "." and bool(np.isfinite(_parsed(values[wrong], ",")).all()):
             remedy = "its decimals stand behind a comma: set data.decimal = ','"
         raise DataError(
             f"column {values.name!r} is numeric, but {rows(values.index.to_numpy()[wrong])} hold no finite number: "
@@ -127,21 +127,33 @@ def is_missing(values: "pd.Series[str]", missing: frozenset[str]) -> NDArray[np.
     return gone
 
 
-def _parsed(values: "pd.Series[str]", decimal: str) -> "pd.Series[float]":
-    """The numbers, NaN for what is none."""
-    text = values.str.strip()
+def _parsed(values: "pd.Series[str]", decimal: str) -> NDArray[np.float64]:
+    """float64[n]: the numbers, NaN for what is none."""
+    number, texts = distinct(values)
     if decimal != ".":
-        text = text.str.replace(decimal, ".", regex=False)
-    parsed: pd.Series[float] = pd.to_numeric(text, errors="coerce").astype(np.float64)
+        texts = texts.str.replace(decimal, ".", regex=False)
+    parsed: NDArray[np.float64] = parse(texts)[number]
     return parsed
+
+
+def parse(texts: "pd.Series[str]") -> NDArray[np.float64]:
+    """float64[n]: the numbers, NaN for what is none."""
+    return np.array(pd.to_numeric(texts, errors="coerce"), dtype=np.float64)
+
+
+def distinct(values: "pd.Series[str]") -> tuple[NDArray[np.int64], "pd.Series[str]"]:
+    """int64[n] and the distinct stripped texts that it numbers: a big table has few."""
+    number, texts = pd.factorize(values.str.strip())
+    return np.asarray(number, dtype=np.int64), pd.Series(texts, dtype=str)
 
 
 def canonical(values: "pd.Series[str]") -> "pd.Series[str]":
     """Stripped texts, with one spelling for a whole number: hospitals write the same code as 1, 1.0 and 01."""
-    text = values.str.strip()
-    number = pd.to_numeric(text, errors="coerce")
+    at, text = distinct(values)
+    number = pd.Series(parse(text))
     whole = number.notna() & (number == number.round()) & (number.abs() < 2**53)
-    return text.mask(whole, number.where(whole, 0).astype("int64").astype(str))
+    spelled = text.mask(whole, number.where(whole, 0).astype("int64").astype(str))
+    return pd.Series(spelled.array.take(at), index=values.index, name=values.name, dtype=str)
 
 
 def rows(numbers: NDArray[np.int64]) -> str:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from privfed.errors import DataError
 
-from .columns import Categorical, Column, Numeric, canonical, encode, input_names, is_missing, rows
+from .columns import Categorical, Column, Numeric, canonical, distinct, encode, input_names, is_missing, parse, rows
 from .files import read_frame
 from .records import SiteData, Sites
 
@@ -237,13 +237,13 @@ class _Part:
 
 def _content(values: "pd.Series[str]") -> NDArray[np.uint64]:
     """uint64[n]: a hash of each cell, the same for one number in two spellings."""
-    text = values.str.strip()
-    number = pd.to_numeric(text, errors="coerce").astype(np.float64).to_numpy(copy=True)
+    at, text = distinct(values)
+    number = parse(text)
     finite = np.isfinite(number)
-    hashed = pd.util.hash_array(np.where(finite, number, 0.0) + 0.0)  # + 0.0: −0 is 0
+    hashed = np.asarray(pd.util.hash_array(np.where(finite, number, 0.0) + 0.0), dtype=np.uint64)  # + 0.0: −0 is 0
     if not finite.all():
         hashed[~finite] = pd.util.hash_array(text[~finite].to_numpy(object))
-    hashes: NDArray[np.uint64] = np.asarray(hashed, dtype=np.uint64)
+    hashes: NDArray[np.uint64] = hashed[at]
     return hashes
 
 
