@@ -60,5 +60,17 @@ class FaultyDealer(AggregationError):
         self.stage, self.accusers = stage, dict(accusers)
 
 
+class KeyHolderSilent(AggregationError):
+    """The key holder did not answer, or refused: without it nothing can be decrypted. Retry as a new attempt.
+
+    Attributes:
+        stage: the phase that ended without its answer.
+    """
+
+    def __init__(self, *, stage: str) -> None:
+        super().__init__(f"{stage}: no valid answer from the key holder; see that it is up and start a new attempt")
+        self.stage = stage
+
+
 class SumOutOfRange(AggregationError):
     """The sum exceeds contributors × bound: a client sent a value no honest client has. Nothing is released."""
