@@ -210,6 +210,7 @@ def test_a_killed_run_has_spent_what_it_spent(tmp_path: Path) -> None:
     )  # fmt: skip
     assert after.returncode == 3, after.stderr
     summary = json.loads(after.stdout)
-    assert summary["privacy"]["epsilon"]["per_site"] == before
+    # 1e-6: the last bits of a Fourier transform depend on the process
+    assert summary["privacy"]["epsilon"]["per_site"] == pytest.approx(before, rel=1e-6)
     assert all("has spent" in reason for reason in summary["refusals"].values())
     assert "Traceback" not in after.stderr

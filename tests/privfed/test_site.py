@@ -174,6 +174,16 @@ def test_a_step_without_its_round_is_refused(house: House) -> None:
     assert "no round 0 in progress" in refused(site, wire.encode(wire.Step(0, "mask", b"x"))).reason
 
 
+def test_a_refusal_ends_the_round_in_progress(house: House) -> None:
+    """Whoever sends what no honest coordinator sends gets nothing more of this round."""
+    site, plan = house.sites["a"], wire.encode_plan(house.plan(config()))
+    decoded = wire.decode_plan(plan)
+    server = MaskedServer(session=session_of(decoded, wire.context(plan, state_of()), SIZE), roster=house.roster)
+    assert isinstance(ask(site, begin(plan, opening=server.start()[0])), wire.Answer)
+    assert "no round" not in refused(site, wire.encode(wire.Step(0, "share", b"garbage"))).reason
+    assert "no round 0 in progress" in refused(site, wire.encode(wire.Step(0, "share", b"garbage"))).reason
+
+
 # When it pays
 
 
