@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -171,7 +173,13 @@ def secret_sharing(report: Report, *, repeats: int) -> None:
 def beside_flower(report: Report, *, n: int, dim: int, dropped: int, repeats: int) -> None:
     """A whole round of ours, signatures, journal and wire included, and the cryptography of Flower's SecAgg+."""
     case = f"n={n} d={_power(dim)}" + (f" {100 * dropped // n} % out" if dropped else "")
-    rounds = [our_round(n=n, dim=dim, dropped=dropped) for _ in range(repeats)]
+    rounds, peers = [], []
+    flower = _flower(report)
+    for _ in range(repeats):
+        rounds.append(our_round(n=n, dim=dim, dropped=dropped))
+        if flower is not None:
+            threshold = rounds[0].session.threshold
+            peers.append(flower.measure(neighbours=n, threshold=threshold, dim=dim, dropped=dropped > 0))
     client = Timing(tuple(each.client_seconds for each in rounds))
     server = Timing(tuple(each.server_seconds for each in rounds))
     session = rounds[0].session
@@ -181,15 +189,8 @@ def beside_flower(report: Report, *, n: int, dim: int, dropped: int, repeats: in
     if not dropped:
         extra = rounds[0].upload_bytes / dim - session.bits / 8
         report.add(f"upload beyond w/8, {case}", extra, "bytes/coefficient")
-    try:
-        import flower_peer
-    except ImportError:
-        report.note("flwr is missing or too old: pip install -e '.[bench]' (flwr 1.41 and pycryptodome)")
+    if not peers:
         return
-    peers = [
-        flower_peer.measure(neighbours=n, threshold=session.threshold, dim=dim, dropped=dropped > 0)
-        for _ in range(repeats)
-    ]
     their_client = Timing(tuple(peer.client for peer in peers))
     their_server = Timing(tuple(peer.server(n - dropped, dropped) for peer in peers))
     if not dropped:
@@ -197,6 +198,15 @@ def beside_flower(report: Report, *, n: int, dim: int, dropped: int, repeats: in
         report.add(f"client, Flower / ours, {case}", their_client.over(client))
     report.add(f"server, Flower, {case}", their_server)
     report.add(f"server, Flower / ours, {case}", their_server.over(server))
+
+
+def _flower(report: Report) -> ModuleType | None:
+    """The peer's functions, or a note of how to install it."""
+    try:
+        return import_module("flower_peer")
+    except ImportError:
+        report.note("flwr is missing or too old: pip install -e '.[bench]' (flwr 1.41 and pycryptodome)")
+        return None
 
 
 def many_clients(report: Report, *, n: int, dim: int) -> None:

@@ -18,30 +18,13 @@ import numpy.typing as npt
 from tenseal import _ts_cpp as seal  # the compiled part: its Python wrappers check and copy every vector once more
 
 from ..errors import LocalProtocolError, RemoteProtocolError
-from .fields import COEFFICIENT_MODULUS, PLAIN_MODULUS, SLOTS, SPECIAL_MODULUS, Slots
-from .messages import CHUNK_BYTES, PUBLIC_KEY_BYTES
+from .coefficients import CHUNK_BYTES, COEFFICIENT_MODULUS, SPECIAL_MODULUS, check_chunks, check_public_key
+from .fields import PLAIN_MODULUS, SLOTS, Slots
 
 FRESH_BUDGET_BITS = 10
 """An honest fresh ciphertext has 10 or 11."""
 
 RELEASE_BUDGET_BITS = 4
-
-
-def check_chunks(data: bytes, count: int) -> npt.NDArray[np.uint64]:
-    """uint64[count, 2, 4096]: a peer's ciphertexts.
-
-    Raises:
-        RemoteProtocolError: another length, a coefficient that is not reduced (two encodings of one ciphertext), or a
-            ciphertext without its second half, which is no encryption at all and which SEAL refuses to add up.
-    """
-    if len(data) != count * CHUNK_BYTES:
-        raise RemoteProtocolError(f"{count} ciphertexts must have {count * CHUNK_BYTES} bytes, got {len(data)}")
-    chunks = np.frombuffer(data, dtype="<u8").reshape(count, 2, SLOTS)
-    if int(chunks.max()) >= COEFFICIENT_MODULUS:
-        raise RemoteProtocolError("a ciphertext has a coefficient that is not reduced")
-    if not chunks[:, 1].any(axis=1).all():
-        raise RemoteProtocolError("a ciphertext does not depend on the key")
-    return chunks
 
 
 class NoiseTooHigh(RemoteProtocolError):
@@ -59,13 +42,7 @@ class PublicKey:
     """
 
     def __init__(self, data: bytes) -> None:
-        if len(data) != PUBLIC_KEY_BYTES:
-            raise RemoteProtocolError(f"a public key must have {PUBLIC_KEY_BYTES} bytes, got {len(data)}")
-        large = np.frombuffer(data, dtype="<u8", count=2 * SLOTS).reshape(2, SLOTS)
-        small = np.frombuffer(data, dtype="<u4", offset=large.nbytes).reshape(2, SLOTS)
-        if int(large.max()) >= COEFFICIENT_MODULUS or int(small.max()) >= SPECIAL_MODULUS:
-            raise RemoteProtocolError("a public key has a coefficient that is not reduced")
-        coefficients = np.stack([large, small.astype(np.uint64)], axis=1)  # polynomial, modulus, coefficient
+        coefficients = check_public_key(data)
         library = _library()
         key = b"".join([*library.before(library.key_parameters, ntt=True, moduli=2), coefficients.tobytes()])
         context = _field(1, library.parameters) + _field(2, _field(1, key) + library.settings)

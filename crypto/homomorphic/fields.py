@@ -25,12 +25,6 @@ SLOTS = 4096
 PLAIN_MODULUS = 4_398_046_486_529
 """t, the largest 42-bit prime with t ≡ 1 mod 2N, so that plaintexts have N independent slots."""
 
-COEFFICIENT_MODULUS = 1_152_921_504_606_830_593
-"""q, the 60-bit prime of every ciphertext."""
-
-SPECIAL_MODULUS = 1_032_193
-"""The 20-bit prime that only keys have besides: encryption divides by it, and that keeps fresh noise small."""
-
 PLAIN_BITS = 42
 GUARD_BITS = 1
 

@@ -17,6 +17,7 @@ from ..roster import Identity, Roster
 from ..wire import decode, decode_indices, encode, encode_indices, records
 from . import messages as m
 from .bfv import NoiseTooHigh, RoundKey
+from .coefficients import CHUNK_BYTES
 from .fields import PLAIN_MODULUS, SLOTS, balanced, unpack
 
 
@@ -136,7 +137,7 @@ class HomomorphicKeyHolder:
         return m.Closed(sid=self._sid, signature=self._sign(statement))
 
     def _check(self, request: m.Delivery) -> m.Checked:
-        members, size = decode_indices(request.members), self._layout.chunks * m.CHUNK_BYTES
+        members, size = decode_indices(request.members), self._layout.chunks * CHUNK_BYTES
         if not members or not set(members) <= set(self._expected) or len(request.chunks) != len(members) * size:
             raise RemoteProtocolError("a delivery must hold the ciphertexts of clients that have committed, once")
         refused = []

@@ -9,8 +9,8 @@
 | deliver (H2) | key holder, in batches | whose ciphertexts it refuses |
 | release (H2) | key holder | the sum, once |
 
-Every message has one type and byte strings of known sizes: none has room for a TenSEAL context, with a secret key or
-without, and none is ever parsed as one.
+Every message has one type and byte strings of known sizes and forms, which the aggregator checks one by one: none has
+room for a TenSEAL context, with a secret key or without, and none is ever parsed as one.
 """
 
 import msgspec
@@ -21,7 +21,8 @@ from ..digest import digest
 from ..packing import packed_bytes
 from ..roster import Roster
 from ..wire import INDEX_BYTES
-from .fields import COEFFICIENT_MODULUS, PLAIN_MODULUS, SLOTS, SPECIAL_MODULUS, Layout, layout_of
+from .coefficients import CHUNK_BYTES, COEFFICIENT_MODULUS, PUBLIC_KEY_BYTES, SPECIAL_MODULUS
+from .fields import PLAIN_MODULUS, SLOTS, Layout, layout_of
 
 KEY, COMMIT, CLOSE, SEND, DELIVER, RELEASE = "key", "commit", "close", "send", "deliver", "release"
 DONE, FAILED = "done", "failed"
@@ -29,8 +30,6 @@ DONE, FAILED = "done", "failed"
 KEY_HOLDER_STEPS = frozenset({KEY, CLOSE, DELIVER, RELEASE})
 """Steps in which the server talks to the key holder, and to nobody else: so one site may be a client too."""
 
-CHUNK_BYTES = 2 * SLOTS * 8
-PUBLIC_KEY_BYTES = 2 * SLOTS * (8 + 4)
 COMMITMENT_BYTES = 32
 SEALED_BYTES = keys.KEY_BYTES + keys.KEY_BYTES + keys.TAG_BYTES
 RECORD_BYTES = COMMITMENT_BYTES + SEALED_BYTES + keys.SIGNATURE_BYTES
@@ -138,6 +137,7 @@ class Release(msgspec.Struct, frozen=True, array_like=True, tag="heagg/1 release
 
 
 OUT_OF_RANGE, NOISE = b"range", b"noise"
+"""Why a sum is withheld."""
 
 
 def check_session(session: Session, roster: Roster, key_holder: int) -> Layout:

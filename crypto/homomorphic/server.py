@@ -18,6 +18,7 @@ from ..prg import Entropy
 from ..roster import Roster
 from ..wire import decode, decode_indices, encode, encode_indices
 from . import messages as m
+from .coefficients import CHUNK_BYTES, check_chunks, check_public_key
 from .fields import PLAIN_MODULUS, SLOTS, Layout, blind
 
 
@@ -140,8 +141,7 @@ class HomomorphicServer:
     # Each _take_* checks everything before it stores anything, so that a bad reply leaves no trace.
 
     def _take_key(self, key_holder: int, reply: m.Key) -> None:
-        if len(reply.public_key) != m.PUBLIC_KEY_BYTES:
-            raise RemoteProtocolError("a public key of the wrong size")
+        check_public_key(reply.public_key)
         th = m.transcript(self._sid, _present(self._sealing).public, reply.public_key)
         self._verify(key_holder, reply.signature, th)
         self._key, self._th = reply, th
@@ -196,8 +196,7 @@ class HomomorphicServer:
         return self._ask(m.SEND, dict.fromkeys(self._commitments, encode(request)))
 
     def _take_ciphertexts(self, client: int, reply: m.Ciphertexts) -> None:
-        if len(reply.chunks) != self._layout.chunks * m.CHUNK_BYTES:
-            raise RemoteProtocolError(f"client {client} sent ciphertexts of the wrong size")
+        check_chunks(reply.chunks, self._layout.chunks)
         if m.commitment(self._th, client, reply.chunks) != self._commitments[client].commitment:
             raise RemoteProtocolError(f"client {client} sent other ciphertexts than it committed to")
         self._ciphertexts[client] = reply.chunks
@@ -209,7 +208,7 @@ class HomomorphicServer:
         if not self._ciphertexts:
             return self._ask_for_sum()
         self._quorum(len(self._senders) - len(self._refused))
-        size = max(1, m.BATCH_BYTES // (self._layout.chunks * m.CHUNK_BYTES))
+        size = max(1, m.BATCH_BYTES // (self._layout.chunks * CHUNK_BYTES))
         self._delivered = tuple(sorted(self._ciphertexts))[:size]
         request = m.Delivery(
             sid=self._sid,
@@ -240,6 +239,8 @@ class HomomorphicServer:
     def _take_release(self, key_holder: int, reply: m.Release) -> None:
         statement = m.release_statement(self._th, self._members, reply.total, reply.withheld)
         self._verify(key_holder, reply.signature, statement)
+        if reply.withheld not in (b"", m.OUT_OF_RANGE, m.NOISE) or (reply.withheld and reply.total):
+            raise RemoteProtocolError("a sum, or one of the reasons to withhold it, was due")
         if not reply.withheld:
             unpack(reply.total, dim=self._session.dim, bits=self._session.bits)
         self._release = reply
