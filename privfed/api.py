@@ -1,6 +1,7 @@
 """``privfed.run``: one call from a configuration to a finished run, and what it gives back."""
 
 import json
+import math
 import os
 import secrets
 from collections.abc import Callable, Sequence
@@ -290,8 +291,8 @@ def _calibrated(config: Config, accountant: Accountant) -> float:
         return 0.0
     if privacy.noise_multiplier is not None:
         return privacy.noise_multiplier
-    if privacy.target_epsilon is None:
-        raise ConfigError("privacy needs target_epsilon (calibrates the noise) or noise_multiplier (fixes it)")
+    if math.isinf(privacy.target_epsilon):
+        raise ConfigError("privacy needs a finite target_epsilon (calibrates the noise) or noise_multiplier (fixes it)")
     try:
         return noise_multiplier_for(
             privacy.target_epsilon,

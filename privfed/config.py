@@ -39,8 +39,8 @@ class Privacy(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         NoiseSite.LOCAL
     )
     target_epsilon: Annotated[
-        Annotated[float, Meta(gt=0, le=1000)] | None,
-        Meta(description="each site's budget; calibrates the noise unless noise_multiplier is given"),
+        float,
+        Meta(gt=0, description="each site's budget (inf: none); calibrates the noise unless noise_multiplier is given"),
     ] = 4.0
     noise_multiplier: Annotated[
         Annotated[float, Meta(gt=0, le=1e6)] | None,
@@ -131,6 +131,7 @@ class Policy(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         Annotated[float, Meta(gt=0)] | None,
         Meta(description="largest ε a site ever spends on its records; default privacy.target_epsilon"),
     ] = None
+    max_parameters: Annotated[int, Meta(ge=1, description="largest model a site builds")] = 50_000_000
     max_delta: Annotated[float, Meta(gt=0, lt=1, description="largest δ a site accepts")] = 1e-3
     minimum_cohort: Annotated[int, Meta(ge=1, description="fewest sites in a released sum that a site joins")] = 2
     require_privacy: Annotated[bool, Meta(description="refuse runs without a differential-privacy claim")] = False

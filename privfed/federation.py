@@ -216,7 +216,8 @@ class Federation:
         self.next_round = number + 1
         last = self.next_round == self.config.rounds
         measurements: dict[str, wire.Measurement] = {}
-        if last or self.next_round % self.config.evaluation.every == 0:
+        # A method that sends nothing trains where it evaluates: every round is one.
+        if last or not self.config.method.sends or self.next_round % self.config.evaluation.every == 0:
             measurements = self._evaluate(plan, number, active, tally)
         contributors = result.contributors if result else ()
         names = tuple(self._names[index] for index in contributors)

@@ -29,8 +29,11 @@ def check_policy(plan: RoundPlan, policy: Policy, *, insecure: bool) -> None:
         raise PolicyRefusal(
             f"policy.minimum_cohort = {policy.minimum_cohort}, the plan would release a sum of {plan.minimum_cohort}"
         )
-    if policy.require_privacy and config.privacy.unit is PrivacyUnit.NONE:
-        raise PolicyRefusal("policy.require_privacy = true, the plan has privacy.unit = 'none'")
+    if config.privacy.unit is PrivacyUnit.NONE and config.method.sends:
+        if policy.require_privacy:
+            raise PolicyRefusal("policy.require_privacy = true, the plan has privacy.unit = 'none'")
+        if policy.max_epsilon is not None:
+            raise PolicyRefusal(f"policy.max_epsilon = {policy.max_epsilon:g}, the plan has privacy.unit = 'none'")
     if policy.require_secure_aggregation and not secure:
         raise PolicyRefusal("policy.require_secure_aggregation = true, the plan has aggregation.kind = 'plain'")
     if config.privacy.delta > policy.max_delta:

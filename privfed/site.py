@@ -5,9 +5,13 @@ below: its policy and its budget are checked before anything is learned, records
 the ledger has the spend on disk before the vector that it paid for exists in any message.
 """
 
+import hashlib
+import itertools
 import logging
+import math
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -23,8 +27,8 @@ from privfed.privacy import noise
 from privfed.privacy.accountant import Accountant, Epsilon
 from privfed.privacy.budget import Budget
 from privfed.privacy.discretize import FixedPoint
-from privfed.privacy.errors import BudgetExhausted, NoGuarantee, PrivacyError
-from privfed.privacy.events import Charge, PrivacyUnit
+from privfed.privacy.errors import BudgetExhausted, ChargeConflict, NoGuarantee, PrivacyError
+from privfed.privacy.events import Charge, Gaussian, PrivacyUnit
 from privfed.privacy.ledger import Entry, Ledger
 from privfed.privacy.oracle.door import ALL, Door, DoorSettings, Records, charge, group
 from privfed.privacy.oracle.opacus import OpacusDoor
@@ -52,6 +56,12 @@ class Schema:
 def build_model(config: Config, schema: Schema) -> nn.Module:
     """The run's network at its public start parameters."""
     return mlp(schema.features, config.model.hidden, schema.classes, seed=config.seed)
+
+
+def parameter_count(config: Config, schema: Schema) -> int:
+    """How many parameters the run's network has, without building it."""
+    widths = [schema.features, *config.model.hidden, schema.classes]
+    return sum((above + 1) * below for above, below in itertools.pairwise(widths))
 
 
 def session_of(plan: wire.RoundPlan, context: bytes, dim: int) -> Session:
@@ -249,7 +259,7 @@ class Site:
         reason = config.method.guarantee(config.privacy.unit, config.privacy.noise)
         if reason is not None:
             raise NoGuarantee(reason)
-        if not self._charged(plan):
+        if config.privacy.unit is not PrivacyUnit.NONE and not self._charged(plan):
             prior = self._ledger.charges(self.name, self._dataset)
             expected = planned_charges(config, plan.noise_multiplier)
             self._budget(config).ensure(self._accountant, prior, expected, site=self.name)
@@ -290,21 +300,22 @@ class Site:
             raise PrivacyError(
                 f"method {type(config.method).__name__} executed {door.charges}, declared {expected}: not released"
             )
-        if door.charges:
-            entry = Entry(
-                site=self.name,
-                dataset=self._dataset,
-                run=plan.run,
-                round=plan.round,
-                attempt=plan.attempt,
-                unit=config.privacy.unit,
-                noise=config.privacy.noise,
-                charges=door.charges,
-                insecure_seed=self._insecure,
-                metadata={"context": context.hex(), "records": self._fingerprint},
-            )
-            budget = self._budget(config)
-            self._ledger.charge(entry, lambda prior, new: budget.ensure(self._accountant, prior, new, site=self.name))
+        # An update without noise is booked as what it is: ε of these records is infinite from now on.
+        charges = door.charges or (Charge(event=Gaussian(noise_multiplier=0.0)),)
+        entry = Entry(
+            site=self.name,
+            dataset=self._dataset,
+            run=plan.run,
+            round=plan.round,
+            attempt=plan.attempt,
+            unit=config.privacy.unit,
+            noise=config.privacy.noise,
+            charges=charges,
+            insecure_seed=self._insecure,
+            metadata={"context": context.hex(), "records": self._fingerprint},
+        )
+        budget = self._budget(config) if door.charges else Budget(epsilon=math.inf, delta=config.privacy.delta)
+        self._ledger.charge(entry, lambda prior, new: budget.ensure(self._accountant, prior, new, site=self.name))
         return grid_of(config).encode(update[0].numpy())
 
     def _evaluate(self, message: wire.Evaluate) -> wire.Measurement:
@@ -349,25 +360,47 @@ class Site:
     def _accept(self, plan_bytes: bytes, state_bytes: bytes) -> tuple[wire.RoundPlan, State]:
         """The plan and the model, if this site takes part in them at all."""
         plan = wire.decode_plan(plan_bytes)
-        if self._run is None or self._run[0] != plan.run:
-            if self._run is not None:
-                self._split, self._private, self._local_only = None, None, None
-            self._run = (plan.run, plan.config, plan.noise_multiplier)
-        if self._run[1:] != (plan.config, plan.noise_multiplier):
-            raise PolicyRefusal("the configuration of a run must not change between its rounds")
+        check_policy(plan, self._policy, insecure=self._insecure)
+        self._hold_to(plan)
         if plan.roster_version != self._roster.version:
             raise PolicyRefusal(
                 f"the plan is for roster version {plan.roster_version}, this site has accepted {self._roster.version}"
             )
         if self._index not in plan.cohort:
             raise wire.WireError(f"{self.name} is not in the plan's cohort")
-        check_policy(plan, self._policy, insecure=self._insecure)
+        size = parameter_count(plan.config, self._schema)
+        if size > self._policy.max_parameters:
+            raise PolicyRefusal(f"policy.max_parameters = {self._policy.max_parameters}, the plan's model has {size}")
         state = parameters.decode(state_bytes)
-        size = sum(p.numel() for p in build_model(plan.config, self._schema).parameters())
         theta = state.get("theta")
         if theta is None or theta.shape != (size,) or theta.dtype != torch.float32:
             raise wire.WireError(f"the model must be {size} float32 parameters for this site's table")
         return plan, state
+
+    def _hold_to(self, plan: wire.RoundPlan) -> None:
+        """Hold the plan to what its run began with, also after a restart: the ledger remembers it."""
+        if self._run == (plan.run, plan.config, plan.noise_multiplier):
+            return
+        config = plan.config
+        terms = hashlib.sha256(msgspec.msgpack.encode((config, plan.noise_multiplier))).hexdigest()
+        entry = Entry(
+            kind="run",
+            site=self.name,
+            dataset=self._dataset,
+            run=plan.run,
+            round=0,
+            unit=config.privacy.unit,
+            noise=config.privacy.noise,
+            insecure_seed=self._insecure,
+            metadata={"terms": terms, "method": str(type(config.method).__struct_config__.tag)},
+        )
+        try:
+            self._ledger.begin_run(entry)
+        except ChargeConflict:
+            raise PolicyRefusal("the configuration of a run must not change between its rounds") from None
+        if self._run is not None and self._run[0] != plan.run:
+            self._split, self._private, self._local_only, self._measured = None, None, None, None
+        self._run = (plan.run, config, plan.noise_multiplier)
 
     def _charged(self, plan: wire.RoundPlan) -> bool:
         """Whether this very attempt stands in the ledger: a process killed in it does it again, and pays once."""
@@ -377,7 +410,7 @@ class Site:
 
     def _budget(self, config: Config) -> Budget:
         limit = self._policy.max_epsilon or config.privacy.target_epsilon
-        return Budget(epsilon=float("inf") if limit is None else limit, delta=config.privacy.delta)
+        return Budget(epsilon=limit, delta=config.privacy.delta)
 
     # The doors
 

@@ -153,7 +153,7 @@ def summarize(
         aggregation=AggregationSummary(
             kind=config.aggregation.kind if sends else "none",
             bytes_up_per_site_per_round=sum(r.bytes_up for r in summed) / len(summed) if summed else 0.0,
-            dropouts=sum(len(report.invited) - len(report.contributed) for report in reports) if sends else 0,
+            dropouts=sum(len({*report.invited} - {*report.contributed, *report.refused}) for report in summed),
             aborted_rounds=sum(report.aborted is not None for report in reports),
         ),
     )

@@ -106,7 +106,7 @@ Reply = Answer | Refusal | Measurement
 _T = TypeVar("_T")
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
-_plans = msgspec.json.Decoder(RoundPlan)
+_plans = msgspec.msgpack.Decoder(RoundPlan)
 
 
 def encode(message: Request | Reply) -> bytes:
@@ -114,7 +114,7 @@ def encode(message: Request | Reply) -> bytes:
 
 
 def encode_plan(plan: RoundPlan) -> bytes:
-    return msgspec.json.encode(plan)
+    return msgspec.msgpack.encode(plan)
 
 
 def decode_request(data: bytes) -> Request:
@@ -138,7 +138,7 @@ def context(plan: bytes, state: bytes) -> bytes:
     return hashlib.sha256(hashlib.sha256(plan).digest() + hashlib.sha256(state).digest()).digest()
 
 
-def _decoded(decoder: "msgspec.msgpack.Decoder[_T] | msgspec.json.Decoder[_T]", data: bytes) -> _T:
+def _decoded(decoder: "msgspec.msgpack.Decoder[_T]", data: bytes) -> _T:
     if len(data) > MAX_MESSAGE_BYTES:
         raise WireError(f"a message of {len(data)} bytes is above the limit of {MAX_MESSAGE_BYTES}")
     try:

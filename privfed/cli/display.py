@@ -126,7 +126,7 @@ def _claim(ready: Preparation) -> str:
         return "none: this run makes no differential-privacy claim"
     goal = (
         f"target ε = {privacy.target_epsilon:g}"
-        if privacy.noise_multiplier is None and privacy.target_epsilon is not None
+        if privacy.noise_multiplier is None
         else "fixed noise"
     )
     return (

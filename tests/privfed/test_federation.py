@@ -281,7 +281,7 @@ def test_sites_that_never_measured_are_reported_with_what_they_spent(tmp_path: P
 
 def test_no_claim_reports_no_epsilon(tmp_path: Path) -> None:
     settings = Config(
-        rounds=1, privacy=Privacy(unit=PrivacyUnit.NONE, target_epsilon=None), evaluation=Evaluation(local_steps=1)
+        rounds=1, privacy=Privacy(unit=PrivacyUnit.NONE, target_epsilon=math.inf), evaluation=Evaluation(local_steps=1)
     )
     privacy = privfed.run(settings, out=tmp_path / "out").summary.privacy
     assert (privacy.unit, privacy.accountant, privacy.epsilon.max) == ("none", "none", None)

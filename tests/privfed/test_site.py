@@ -1,6 +1,7 @@
 """What one site does with one message: what it refuses, when it pays, what it repeats, what it never says."""
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def test_a_plan_that_does_not_fit_is_refused(house: House, changes: dict[str, An
 
 def test_no_noise_under_a_claim_is_refused_even_without_a_budget(house: House) -> None:
     """With a calibrated noise the configuration names none: the plan's own number is all there is."""
-    asked = config(aggregation=Aggregation(kind="plain"), privacy=Privacy(target_epsilon=None, noise_multiplier=None))
+    asked = config(aggregation=Aggregation(kind="plain"), privacy=Privacy(target_epsilon=math.inf, noise_multiplier=None))
     assert "noise_multiplier = 0" in refused(house.sites["a"], begin(house.plan(asked, noise_multiplier=0.0))).reason
 
 
