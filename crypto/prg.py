@@ -56,7 +56,7 @@ def add_masks(words: Words, *, plus: Collection[bytes] = (), minus: Collection[b
     Args:
         words: contiguous uint16[dim] or uint32[dim].
         plus, minus: 32-byte keys.
-        threads: how many coefficient ranges to work on at once; with cores to spare two take half the time.
+        threads: coefficient ranges to work on at once. Above 1 pays only where cores are idle (benchmarks/masking.py).
 
     **Guarantees**: a mask is the AES-256-CTR keystream (zero IV) read as little-endian words, whatever the number of
     threads; adding it and subtracting it cancel exactly modulo 2^16 or 2^32, hence modulo every smaller 2^w. One key

@@ -29,7 +29,7 @@ class MaskedClient:
         vector: the input, asked for once, after every check of the step that sends it. Exceptions from it propagate
             unchanged and leave the machine failed.
         journal: durable memory. All of the session's entropy is expanded from its seed.
-        threads: for the masks of a long vector; two take half the time of one where a core is idle.
+        threads: coefficient ranges masked at once; above 1 pays only where cores are idle.
         verify: checks signatures; another than the default only where one process plays all clients.
 
     Raises:
@@ -114,9 +114,8 @@ class MaskedClient:
 
     def _forget(self) -> None:
         """Drops everything secret; also what a machine holds before it starts."""
-        self._seed = self._self_mask = self._advertisement = self._consent_signature = self._th = (
-            self._dealers_bytes
-        ) = self._survivors_bytes = b""
+        self._seed = self._self_mask = self._th = b""
+        self._advertisement = self._dealers_bytes = self._survivors_bytes = self._consent_signature = b""
         self._keys: dict[str, keys.ExchangeKey] = {}
         self._graph = Graph((), None)
         self._dealers: tuple[int, ...] = ()

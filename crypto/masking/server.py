@@ -35,7 +35,7 @@ class MaskedServer:
     Args:
         session: what it asks for; every client computes its own and a difference ends the talk.
         roster: public keys of the clients.
-        threads: for taking the masks off a long vector; two take half the time of one where a core is idle.
+        threads: coefficient ranges unmasked at once; above 1 pays only where cores are idle.
         verify: checks signatures; another than the default only where one process plays all clients.
 
     Raises:
