@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from . import config_io, folder
 from .data.columns import encode, unknown_values
-from .data.files import read_frame
+from .data.files import first_line, read_frame
 from .errors import ConfigError
 from .evaluation import outputs_of
 from .folder import RunFolder
@@ -52,7 +52,7 @@ def predict(run: Path | str, file: Path | str, *, site: str | None = None) -> Pr
     tensors, facts = home.load_tensors(folder.MODEL)
     inputs, classes = json.loads(facts["inputs"]), json.loads(facts["classes"])
     model = mlp(len(inputs), config.model.hidden, len(classes), seed=config.seed)
-    model.load_state_dict(tensors)
+    model.load_state_dict(tensors)  # of the run's configuration: both carry a digest
     theta = to_vector(model)
     if site is not None:
         personal, _ = home.load_tensors(folder.PERSONAL)
@@ -62,7 +62,10 @@ def predict(run: Path | str, file: Path | str, *, site: str | None = None) -> Pr
     columns = config.data.columns
     names = [column.name for column in columns]
     data = config.data
-    frame = read_frame(str(file), names, header=data.header, separator=data.separator, maximum_rows=_MAXIMUM_ROWS)
+    # New records have no label: they may come with a line of names where the run's own files had none
+    named = set(names) <= set(first_line(str(file), separator=data.separator))
+    header = () if named else data.header
+    frame = read_frame(str(file), names, header=header, separator=data.separator, maximum_rows=_MAXIMUM_ROWS)
     missing = frozenset(data.missing_values)
     rows = torch.from_numpy(encode(frame, columns, missing=missing, decimal=data.decimal))
     probabilities: NDArray[np.float32] = torch.softmax(outputs_of(model, theta, rows), dim=1).numpy()

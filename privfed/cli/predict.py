@@ -16,6 +16,8 @@ def command(
     """Predict new records with a run's global model or a site's personal one."""
     from privfed.prediction import predict
 
+    if out is not None and out.exists():  # before the waiting, not after it
+        raise typer.BadParameter(f"{out} exists already: nothing was changed; give another --out")
     predictions = predict(run, file, site=site)
     for note in predictions.notes:
         typer.echo(f"note: {note}", err=True)
@@ -23,7 +25,6 @@ def command(
     if out is None:
         typer.echo(text.rstrip("\n"))
         return
-    if out.exists():
-        raise typer.BadParameter(f"{out} exists already: nothing was changed; give another --out")
-    out.write_text(text if text.endswith("\n") else text + "\n", encoding="utf-8")
+    with open(out, "x", encoding="utf-8") as written:
+        written.write(text.rstrip("\n") + "\n")
     typer.echo(f"{len(predictions.table)} predictions in {out}", err=True)

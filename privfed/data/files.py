@@ -88,6 +88,15 @@ def separator_of(file: str) -> str:
     return "," if first.startswith(b"PAR1") else max(SEPARATORS, key=lambda mark: first.count(mark.encode()))
 
 
+def first_line(file: str, *, separator: str) -> list[str]:
+    """The cells of a CSV file's first line; none where there is no reading it."""
+    path = find_file(file)
+    try:
+        return [] if _start_of(path).startswith(b"PAR1") else _header_of(path, separator)
+    except (OSError, ValueError, EOFError, csv.Error, zlib.error):  # reading it all will say what is wrong
+        return []
+
+
 def _read_csv(
     path: Path, columns: Sequence[str] | None, header: Sequence[str], separator: str, maximum_rows: int
 ) -> pd.DataFrame:
