@@ -1,6 +1,7 @@
 """Masked aggregation beside the bare keystream, pycryptodome's Shamir and Flower's SecAgg+.
 
-Peers come from the [bench] extra; without them their rows are missing and --check says so.
+Peers come from the [bench] extra; without them their rows are missing and --check says so. All runs in one thread and
+is given in CPU seconds, so that other work on the machine does not count; rows that say "wall" are the exception.
 """
 
 import multiprocessing
@@ -77,14 +78,21 @@ def masks(report: Report, *, dim: int, repeats: int) -> None:
             {
                 "keystream": partial(BareKeystream(), keys, words.nbytes),
                 "masks": partial(add_masks, words, plus=keys[::2], minus=keys[1::2]),
-                "masks, 2 threads": partial(add_masks, words, plus=keys[::2], minus=keys[1::2], threads=2),
             },
             repeats=repeats,
+            clock=time.process_time,
         )
         for name, timing in times.items():
             report.add(f"{name}, d={size} k={k}", timing)
         report.add(f"masks / keystream, d={size} k={k}", times["masks"].over(times["keystream"]))
-        report.add(f"masks, 2 threads / 1, d={size} k={k}", times["masks, 2 threads"].over(times["masks"]))
+        walls = interleaved(
+            {
+                threads: partial(add_masks, words, plus=keys[::2], minus=keys[1::2], threads=int(threads))
+                for threads in ("1", "2")
+            },
+            repeats=repeats,
+        )
+        report.add(f"masks, 2 threads / 1 (wall), d={size} k={k}", walls["2"].over(walls["1"]))
     short = np.zeros(dim, dtype="<u2")
     keys = [i.to_bytes(32, "big") for i in range(20)]
     wide, twice = np.zeros(dim, dtype="<u4"), np.zeros(2 * dim, dtype="<u4")
@@ -96,6 +104,7 @@ def masks(report: Report, *, dim: int, repeats: int) -> None:
             "2k": partial(add_masks, wide, plus=[*keys, *(key[::-1] for key in keys[1:]), b"\xff" * 32]),
         },
         repeats=repeats,
+        clock=time.process_time,
     )
     report.add("words of 16 bits / 32 bits", times["16 bits"].over(times["32 bits"]))
     report.add("doubling d", times["2d"].over(times["32 bits"]))
@@ -132,6 +141,7 @@ def packing(report: Report, *, dim: int, repeats: int) -> None:
                 "decode": partial(to_signed, words, bits),
             },
             repeats=repeats,
+            clock=time.process_time,
         )
         report.section(f"Packing {_power(dim)} coefficients of {bits} bits")
         for name, timing in times.items():
@@ -152,7 +162,7 @@ def secret_sharing(report: Report, *, repeats: int) -> None:
         if rebuilt != secret:
             raise AssertionError("recovered another secret")
 
-    mine = interleaved({"ours": ours}, repeats=21)["ours"]
+    mine = interleaved({"ours": ours}, repeats=21, clock=time.process_time)["ours"]
     report.add(f"ours, n={n} t={t}", mine)
     try:
         from Crypto.Protocol.SecretSharing import Shamir
@@ -165,7 +175,7 @@ def secret_sharing(report: Report, *, repeats: int) -> None:
         if b"".join(Shamir.combine(half[:t]) for half in halves) != secret:
             raise AssertionError("recovered another secret")
 
-    peer = interleaved({"pycryptodome": theirs}, repeats=repeats, warmup=0)["pycryptodome"]
+    peer = interleaved({"pycryptodome": theirs}, repeats=repeats, warmup=0, clock=time.process_time)["pycryptodome"]
     report.add(f"pycryptodome, n={n} t={t}", peer)
     report.add(f"Shamir, pycryptodome / ours, n={n} t={t}", Ratio(tuple(s / mine.median for s in peer.seconds)))
 
@@ -216,7 +226,7 @@ def many_clients(report: Report, *, n: int, dim: int) -> None:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         seconds, exact, peak = pool.submit(simulate, n, dim).result()
     case = f"n={n} d={_power(dim)} 5 % out"
-    report.add(f"{case}, seconds", Timing((seconds,)))
+    report.add(f"{case}, wall", Timing((seconds,)))
     report.add(f"{case}, exact sum", float(exact))
     report.add(f"{case}, peak memory", peak / 1e9, "GB")
 
@@ -241,11 +251,11 @@ class _Stopwatch:
             return attribute
 
         def timed(*arguments: object) -> object:
-            started = time.perf_counter()
+            started = time.process_time()
             try:
                 return attribute(*arguments)
             finally:
-                self.seconds += time.perf_counter() - started
+                self.seconds += time.process_time() - started
 
         return timed
 
@@ -286,9 +296,9 @@ class _Source:
     seconds: float = 0.0
 
     def __call__(self) -> IntVector:
-        started = time.perf_counter()
+        started = time.process_time()
         values: IntVector = np.random.default_rng(self.client).integers(-BOUND, BOUND, self.dim, endpoint=True)
-        self.seconds += time.perf_counter() - started
+        self.seconds += time.process_time() - started
         return values
 
 
