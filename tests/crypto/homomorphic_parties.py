@@ -78,8 +78,8 @@ class HeWire:
     def exchange(self, requests: dict[int, bytes]) -> dict[int, bytes]:
         phase, replies = self.server.phase, {}
         for party, request in requests.items():
-            machine = self.key_holder if phase in m.KEY_HOLDER_STEPS else self.clients[party]
             sent = self.to_party(phase, party, request)
+            machine = self.key_holder if phase in m.KEY_HOLDER_STEPS else self.clients[party]
             try:
                 reply = machine.receive(sent)
             except AggregationError as error:
