@@ -21,8 +21,16 @@ from typing import Literal, Self
 
 import msgspec
 
-from .errors import ChargeConflict, LedgerCorrupt, PrivacyError
-from .events import Charge, NoiseSite, PrivacyUnit, from_canonical_json, to_canonical_json
+from .errors import ChargeConflict, LedgerCorrupt, NoGuarantee, PrivacyError
+from .events import (
+    Charge,
+    NoiseSite,
+    PrivacyUnit,
+    Skellam,
+    from_canonical_json,
+    is_noiseless,
+    to_canonical_json,
+)
 
 _APPLICATION_ID = 0x70764C31  # "pvL1" in the SQLite header: tells our files from others
 _BUSY_SECONDS = 30.0
@@ -50,7 +58,9 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """One line of the ledger, as its writer states it. Never a record, a gradient or a key.
 
     Args:
-        kind: "charge" for a spend, "run" for the promises that a run starts with (no charges).
+        kind: "charge" for a spend; "reserve" for a spend at its worst case, written before a release whose noise
+            depends on who contributes, and "settle" for what it turned out to be; "run" for the promises that a run
+            starts with (no charges).
         site: whose records were touched.
         dataset: hex fingerprint of the data set under a key of the site's own.
         run, round, attempt: with kind and site, the name of this entry. A repeated round with fresh noise is a new
@@ -62,7 +72,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         metadata: further public facts as text.
     """
 
-    kind: Literal["charge", "run"] = "charge"
+    kind: Literal["charge", "run", "reserve", "settle"] = "charge"
     site: str
     dataset: str
     run: str
@@ -88,8 +98,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value < 2**63:
                 raise ValueError(f"{name} must be an integer from 0, got {value!r}")
-        if (self.kind == "charge") != bool(self.charges):
-            raise ValueError(f"a charge has charges and a run entry has none, got {self.kind!r} with {self.charges!r}")
+        if (self.kind != "run") != bool(self.charges):
+            raise ValueError(f"a spend has charges and a run entry has none, got {self.kind!r} with {self.charges!r}")
 
 
 class Recorded(msgspec.Struct, frozen=True, kw_only=True):
@@ -181,11 +191,40 @@ class Ledger:
 
         Raises:
             ChargeConflict: a different entry stands under the same site, run, round and attempt.
+            NoGuarantee: this data set was charged by another unit, towards this audience.
             LedgerCorrupt: an earlier entry fails its hash. Nothing is written.
         """
         if entry.kind != "charge":
             raise ValueError(f'charge() takes an entry of kind "charge", got {entry.kind!r}')
         return self._append(entry, check)
+
+    def reserve(self, entry: Entry, check: Check | None = None) -> Recorded:
+        """Writes what a release may cost at worst: with the fewest shares of noise that its sum may carry.
+
+        Like `charge`, before bytes leave. The reserve counts until `settle` replaces it, and for good if nothing ever
+        does: an aborted round may have shown its vector.
+
+        Raises:
+            NoGuarantee, ChargeConflict, LedgerCorrupt: as `charge`.
+        """
+        if entry.kind != "reserve":
+            raise ValueError(f'reserve() takes an entry of kind "reserve", got {entry.kind!r}')
+        return self._append(entry, check)
+
+    def settle(self, entry: Entry) -> Recorded:
+        """Writes what a reserved release turned out to be: the same events, with at least as many shares of noise.
+
+        Call it when the set of contributors is certain (the signed survivor set, whose digest belongs into the
+        metadata). Idempotent like `charge`.
+
+        Raises:
+            PrivacyError: nothing was reserved under this site, run, round and attempt, or the entry does not settle
+                it: other events, or fewer shares than were reserved.
+            ChargeConflict: it was settled otherwise before.
+        """
+        if entry.kind != "settle":
+            raise ValueError(f'settle() takes an entry of kind "settle", got {entry.kind!r}')
+        return self._append(entry, None)
 
     def begin_run(self, entry: Entry) -> Recorded:
         """Writes what a run promises before its first round. Idempotent and raising like `charge`."""
@@ -194,7 +233,13 @@ class Ledger:
         return self._append(entry, None)
 
     def charges(self, site: str, dataset: str, audience: str = "federation") -> tuple[Charge, ...]:
-        """Every charge of a site's data set towards an audience, over all runs: ε never restarts."""
+        """Every charge of a site's data set towards an audience, over all runs: ε never restarts.
+
+        A reserved release counts as it was settled, or at its worst case until it is.
+
+        Raises:
+            NoGuarantee: the charges are of different units, which do not compose.
+        """
         with self._explained():
             chain = self._read_on(site)
         return _spends(chain, dataset, audience)
@@ -233,6 +278,10 @@ class Ledger:
                 chain = self._read_on(entry.site)
                 earlier = chain.by_key.get(_key(entry))
                 if earlier is None:
+                    if entry.kind == "settle":
+                        _check_settlement(chain, entry)
+                    elif entry.kind != "run":
+                        _check_unit(chain, entry)
                     if check is not None:
                         check(_spends(chain, entry.dataset, entry.audience), entry.charges)
                     self._insert(chain, entry)
@@ -363,13 +412,74 @@ def _key(entry: Entry) -> tuple[object, ...]:
 
 
 def _spends(chain: _Chain, dataset: str, audience: str) -> tuple[Charge, ...]:
-    entries = (recorded.entry for recorded in chain.recorded)
-    return tuple(
-        charge
-        for entry in entries
-        if entry.dataset == dataset and entry.audience == audience
-        for charge in entry.charges
-    )
+    """What counts: a settlement in the place of its reserve.
+
+    Raises:
+        NoGuarantee: spends of different units, which do not compose.
+    """
+    spends = [
+        recorded.entry
+        for recorded in chain.recorded
+        if recorded.entry.dataset == dataset and recorded.entry.audience == audience and recorded.entry.charges
+    ]
+    units = {entry.unit for entry in spends if not _voids_all(entry)}
+    if len(units) > 1:
+        raise NoGuarantee(_MIXED_UNITS.format(*sorted(units)))
+    return tuple(charge for entry in spends if entry.kind != "settle" for charge in _settled(chain, entry).charges)
+
+
+def _settled(chain: _Chain, entry: Entry) -> Entry:
+    if entry.kind != "reserve":
+        return entry
+    settlement = chain.by_key.get(("settle", *_key(entry)[1:]))
+    return entry if settlement is None else settlement.entry
+
+
+_MIXED_UNITS = (
+    "this data set was charged by {0} and by {1}, and neither bounds the other: one record moves a patient's or a "
+    "client's clipped vector by up to 2C, and a patient holds several records. Keep to one unit for a data set and "
+    "audience"
+)
+
+
+def _voids_all(entry: Entry) -> bool:
+    """Whether the entry's ε is infinite, for any unit."""
+    return any(is_noiseless(charge.event) for charge in entry.charges)
+
+
+def _check_unit(chain: _Chain, entry: Entry) -> None:
+    """ε of different units do not compose: refuse before the first spend of another one."""
+    for recorded in chain.recorded:
+        other = recorded.entry
+        if (other.dataset, other.audience) != (entry.dataset, entry.audience) or not other.charges:
+            continue
+        if other.unit != entry.unit and not _voids_all(other) and not _voids_all(entry):
+            raise NoGuarantee(_MIXED_UNITS.format(other.unit, entry.unit))
+
+
+def _check_settlement(chain: _Chain, entry: Entry) -> None:
+    reserve = chain.by_key.get(("reserve", *_key(entry)[1:]))
+    if reserve is None:
+        raise PrivacyError(f"nothing is reserved for run {entry.run!r}, round {entry.round}, attempt {entry.attempt}")
+    reserved = reserve.entry
+    same = ("dataset", "unit", "noise", "audience", "insecure_seed")
+    agrees = all(getattr(entry, name) == getattr(reserved, name) for name in same)
+    if not (
+        agrees
+        and len(entry.charges) == len(reserved.charges)
+        and all(_settles(*pair) for pair in zip(reserved.charges, entry.charges, strict=True))
+    ):
+        raise PrivacyError(
+            f"run {entry.run!r}, round {entry.round}, attempt {entry.attempt}: a settlement repeats what was reserved, "
+            "with at least as many shares of noise"
+        )
+
+
+def _settles(reserved: Charge, settled: Charge) -> bool:
+    event, worst = settled.event, reserved.event
+    if isinstance(event, Skellam) and isinstance(worst, Skellam) and event.shares >= worst.shares:
+        settled = msgspec.structs.replace(settled, event=msgspec.structs.replace(event, shares=worst.shares))
+    return settled == reserved
 
 
 def _genesis(ledger_id: str, site: str) -> bytes:

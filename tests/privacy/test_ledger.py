@@ -320,7 +320,10 @@ def test_kill_9_loses_no_committed_charge(path: Path) -> None:
     """Forty writers in a row are killed at random instants; what one had reported is there for the next."""
     chance = random.Random(7)
     acknowledged = 0
-    for _ in range(40):
+    for writers in count():
+        if writers >= 40 and acknowledged > 40:  # a busy machine gets a writer to its first entry less often
+            break
+        assert writers < 400
         reader, acknowledge = os.pipe()
         writer = FORK.Process(target=_write_for_ever, args=(path, acknowledge))
         writer.start()
