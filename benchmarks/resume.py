@@ -65,7 +65,8 @@ def main() -> None:
             )
             with Ledger(folder / "ledger.db") as ledger:
                 ledger.verify()
-                verified += len(ledger.entries()) == len(prepared.data.sites) * config.rounds
+                spends = [line for line in ledger.entries() if line.entry.kind == "charge"]
+                verified += len(spends) == len(prepared.data.sites) * config.rounds
         report.section(f"{trials} kills at random instants of a run of {seconds:.2f} s")
         for where, count in killed.items():
             report.add(f"killed {where}", float(count))

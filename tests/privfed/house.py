@@ -19,7 +19,7 @@ from privfed.federation import Cohort, Federation, cohort_of
 from privfed.methods import FedAvg
 from privfed.parameters import encode, to_vector
 from privfed.privacy.accountant import Accountant
-from privfed.privacy.ledger import Ledger
+from privfed.privacy.ledger import Ledger, Recorded
 from privfed.simulation.faults import FaultyEngine
 from privfed.site import Schema, Site, build_model
 
@@ -90,6 +90,10 @@ class House:
             "accountant": ACCOUNTANT,
         }
         return Site(**{**fields, **changes})
+
+    def charged(self, site: str | None = None) -> tuple[Recorded, ...]:
+        """What the ledger holds as spent; the terms a run began with stand there too."""
+        return tuple(line for line in self.ledger.entries(site) if line.entry.kind == "charge")
 
     def federation(self, config: Config, *, engine: Engine | None = None, run: str = "r") -> Federation:
         return Federation(
