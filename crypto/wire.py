@@ -21,7 +21,7 @@ def decode(data: bytes, kind: type[M], *, most: int) -> M:
 
     Args:
         data: bytes of a peer.
-        kind: the one type that is due now.
+        kind: the one type that is due now, all of its fields byte strings.
         most: bytes the largest legal message has; checked before anything is decoded.
 
     Raises:

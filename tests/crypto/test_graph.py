@@ -22,7 +22,8 @@ from privfed.crypto.roster import FIRST_PREVIOUS, Identity, Roster
 
 from .consortium import ROSTER, Wire, make_inputs, make_session, masked_round, stream
 
-HONEST, MALICIOUS = "semi-honest", "semi-malicious"
+HONEST: degree.Rule = "semi-honest"
+MALICIOUS: degree.Rule = "semi-malicious"
 
 # crypto.md's table for n = 20, 50, 100, 200, 500, 1000.
 TABLE: list[tuple[float, float, degree.Rule, list[tuple[int, int]]]] = [

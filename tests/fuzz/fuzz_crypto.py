@@ -82,14 +82,14 @@ SESSION = Session(
 SID = session_id(SESSION, ROSTER.hash)
 OFFLINE = b"\5" * 32
 PHASES = list(m.FOLLOWS)
-REQUESTS = {
+REQUESTS: dict[str, type[msgspec.Struct]] = {
     m.ADVERTISE: m.Start,
     m.SHARE: m.Members,
     m.MASK: m.Delivery,
     m.CONSISTENCY: m.Survivors,
     m.UNMASK: m.Reveal,
 }
-REPLIES = {
+REPLIES: dict[str, type[msgspec.Struct]] = {
     m.ADVERTISE: m.Advertise,
     m.SHARE: m.Deal,
     m.MASK: m.MaskedInput,
@@ -194,7 +194,7 @@ class Fuzzer:
         bits, dim = 1 + choices.below(32), 1 + choices.below(100)
         roster = mutate(self.roster, choices)
         most = 10 ** choices.below(9)
-        kinds = [*REQUESTS.values(), *REPLIES.values(), Invitation, Submission]
+        kinds: list[type[msgspec.Struct]] = [*REQUESTS.values(), *REPLIES.values(), Invitation, Submission]
         kind = kinds[choices.below(len(kinds))]
         for attempt in (
             lambda: decode_indices(data),
@@ -202,7 +202,7 @@ class Fuzzer:
             lambda: packing.unpack(data.ljust(packing.packed_bytes(dim, bits), b"\0"), dim=dim, bits=bits),
             lambda: load_roster(roster, keys.verification_key(OFFLINE)),
             lambda: load_roster(sign_body(data), keys.verification_key(OFFLINE)),
-            lambda: decode(data, kind, most=most),  # type: ignore[type-var]
+            lambda: decode(data, kind, most=most),
         ):
             try:
                 attempt()
@@ -322,7 +322,7 @@ def main() -> None:
                 raise
         return
     try:
-        import atheris
+        import atheris  # type: ignore[import-untyped, import-not-found, unused-ignore]  # an extra
     except ImportError:
         raise SystemExit("atheris is missing: pip install -e '.[fuzz]', or give --runs N to do without it") from None
     # This file once more, with coverage of privfed alone: instrumenting numpy too would take longer than the run.
