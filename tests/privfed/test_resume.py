@@ -305,7 +305,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "datasets gone": (lambda home: (home / folder.DATASETS).unlink(), r"datasets\.json is missing"),
     "key gone": (lambda home: (home / "ledger.db.key").unlink(), r"no key file ledger\.db\.key"),
     "key cut": (lambda home: cut(home / "ledger.db.key"), r"ledger\.db\.key is damaged"),
-    "key of another": (lambda home: flip(home / "ledger.db.key"), "another key|the records of a, b, c, d are not those"),
+    "key of another": (lambda home: flip(home / "ledger.db.key"), "another key|records of a, b, c, d are not those"),
     "ledger gone": (lambda home: (home / folder.LEDGER).unlink(), r"ledger\.db is missing"),
     "ledger cut": (lambda home: cut(home / folder.LEDGER), r"ledger\.db"),
     "ledger no database": (lambda home: (home / folder.LEDGER).write_bytes(b"?" * 9000), r"ledger\.db"),
