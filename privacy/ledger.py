@@ -99,7 +99,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             if type(value) is not int or not 0 <= value < 2**63:
                 raise ValueError(f"{name} must be an integer from 0, got {value!r}")
         if (self.kind != "run") != bool(self.charges):
-            raise ValueError(f"a spend has charges and a run entry has none, got {self.kind!r} with {self.charges!r}")
+            raise ValueError(f"a charge has charges and a run entry has none, got {self.kind!r} with {self.charges!r}")
 
 
 class Recorded(msgspec.Struct, frozen=True, kw_only=True):

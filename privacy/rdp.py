@@ -105,7 +105,8 @@ def _log_expm1(value: _Floats) -> _Floats:
 
 def _log_weights(rate: float) -> _Floats:
     """log of C(α, k)·(1 − q)^(α − k)·q^k for every term."""
-    return _LOG_BINOMIAL + (_TERM_ORDER - _TERM_K) * math.log1p(-rate) + _TERM_K * math.log(rate)
+    logs: _Floats = _LOG_BINOMIAL + (_TERM_ORDER - _TERM_K) * math.log1p(-rate) + _TERM_K * math.log(rate)
+    return logs
 
 
 def _log1p_exp(value: _Floats) -> _Floats:

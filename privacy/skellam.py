@@ -2,7 +2,8 @@
 
 The Skellam law of variance μ is that of the difference of two independent Poisson counts of mean μ/2. It is closed
 under summation: n shares of variance μ/n add up to exactly the noise of variance μ, which is why it can be shared
-inside a secure sum (Agarwal, Kairouz and Liu 2021, "The Skellam Mechanism for Differentially Private Federated Learning").
+inside a secure sum (Agarwal, Kairouz and Liu 2021, "The Skellam Mechanism for Differentially Private Federated
+Learning").
 
 A sample is read off a table of the distribution function by comparing integers: no floating-point number decides. The
 table comes from the backward recurrence of the Bessel functions, P(k−1) = P(k+1) + (2k/μ)·P(k), in integers of some
@@ -19,6 +20,7 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from numpy.typing import NDArray
 
+from .events import Skellam
 from .noise import KEY_BYTES
 
 MAX_VARIANCE = 2**40  # of one share: a table of 14 million entries, built in about ten seconds
@@ -150,6 +152,82 @@ def share(key: bytes, dim: int, variance: int) -> NDArray[np.int64]:
         variance: of the share in every coordinate, from `share_variance`.
     """
     return table(variance).sample(dim, Keystream(key))
+
+
+def add_share(vector: NDArray[np.int64], *, limit: int, variance: int, key: bytes) -> NDArray[np.int64]:
+    """int64[dim]: `vector` with every coordinate held to ±limit, and then a share of noise on top.
+
+    The order matters. Holding coordinates to a range moves no two vectors further apart, so it keeps Δ₁ and Δ₂. After
+    the noise it would not be post-processing of the sum, which is all that the other shares protect.
+
+    **Guarantees.** Every |coordinate| ≤ `coordinate_bound(limit, variance)`, always: nothing is left to saturate.
+    """
+    if limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+    return np.clip(vector, -limit, limit) + share(key, len(vector), variance)
+
+
+def coordinate_bound(limit: int, variance: int) -> int:
+    """The largest magnitude of a coordinate that `add_share` returns: `bound` of the aggregation's session."""
+    return limit + table(variance).largest
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedNoise:
+    """The public constants of a sum with noise in shares.
+
+    Args:
+        noise_multiplier: z; the noise that counts has a standard deviation of z · C in real units, z · steps here.
+        steps: C · s, the clip in integer steps.
+        dim: coordinates, padding included.
+        l2_bound, l1_bound: what one unit moves in the integer sum, rounding counted: of `ConditionalRounding` for a
+            whole client's vector, of `record_l2_bound` for one record or patient inside it.
+        minimum_cohort: the fewest sites whose sum may be released.
+        colluders: sites whose shares the adversary of the claim knows.
+    """
+
+    noise_multiplier: float
+    steps: float
+    dim: int
+    l2_bound: float
+    l1_bound: float | None = None
+    minimum_cohort: int
+    colluders: int
+
+    @property
+    def share_variance(self) -> int:
+        """What each site adds, per coordinate."""
+        return share_variance(
+            math.ceil((self.noise_multiplier * self.steps) ** 2),
+            minimum_cohort=self.minimum_cohort,
+            colluders=self.colluders,
+        )
+
+    def event(self, shares: int | None = None) -> Skellam:
+        """What one release is, with the shares that its sum carries; None: the fewest that it may carry (a reserve).
+
+        Raises:
+            ValueError: fewer shares than minimum_cohort: such a sum must not be released.
+        """
+        shares = self.minimum_cohort if shares is None else shares
+        if shares < self.minimum_cohort:
+            raise ValueError(f"shares must be at least minimum_cohort = {self.minimum_cohort}, got {shares}")
+        l2_squared = math.floor(self.l2_bound**2 * (1 + 1e-12))
+        l1 = min(math.isqrt(self.dim * l2_squared), l2_squared)
+        if self.l1_bound is not None:
+            l1 = min(l1, math.floor(self.l1_bound * (1 + 1e-12)))
+        return Skellam(
+            share_variance=self.share_variance,
+            shares=shares,
+            colluders=self.colluders,
+            dim=self.dim,
+            l2_squared=l2_squared,
+            l1=l1,
+        )
+
+    def bits(self, limit: int, sites: int) -> int:
+        """Bits of a modulus that the sum of `sites` noised vectors never exceeds."""
+        return (2 * sites * coordinate_bound(limit, self.share_variance)).bit_length()
 
 
 def tail(variance: int, probability_nats: float) -> int:
