@@ -197,10 +197,12 @@ def _before_chunk() -> tuple[bytes, bytes]:
 
 def _loaded(context: Any, chunks: npt.NDArray[np.uint64]) -> Any:
     """A TenSEAL vector of checked ciphertexts; its sizes are ours."""
-    sizes = _field(1, _varint(SLOTS) * len(chunks))
     before = b"".join(_before_chunk())
-    ciphertexts = [_field(2, before + chunk.tobytes()) for chunk in chunks]
-    return seal.BFVVector(context, b"".join([sizes, *ciphertexts]))
+    tag = _field(2, before, more=CHUNK_BYTES)
+    pieces: list[bytes | memoryview] = [_field(1, _varint(SLOTS) * len(chunks))]
+    for chunk in chunks:
+        pieces += (tag, chunk.data)
+    return seal.BFVVector(context, b"".join(pieces))
 
 
 def _coefficients(vector: Any) -> bytes:
@@ -226,9 +228,9 @@ def _varint(number: int) -> bytes:
     return bytes([*out, number])
 
 
-def _field(number: int, content: bytes) -> bytes:
-    """A length-delimited protobuf field."""
-    return bytes([number << 3 | 2]) + _varint(len(content)) + content
+def _field(number: int, content: bytes, *, more: int = 0) -> bytes:
+    """A length-delimited protobuf field, or its start where `more` bytes of content are still to follow."""
+    return bytes([number << 3 | 2]) + _varint(len(content) + more) + content
 
 
 def _proto(message: bytes) -> dict[int, bytes]:

@@ -12,8 +12,7 @@ import numpy.typing as npt
 from ..aggregation import Session
 from ..errors import SumOutOfRange
 from ..packing import IntVector
-from ..packing import decode as from_residues
-from ..packing import encode as to_residues
+from ..packing import encode as check_range
 from ..prg import Entropy, expand
 
 Slots = npt.NDArray[np.int64]
@@ -94,12 +93,12 @@ def pack(vector: IntVector, layout: Layout, session: Session) -> Slots:
         ValueError: wrong shape, or a value beyond the session's bound. The value itself is never shown.
     """
     # Checked by the same code as for masks: an input that one aggregation takes or refuses, the other does too.
-    words = to_residues(vector, dim=session.dim, bound=session.bound, bits=session.bits)
-    values = from_residues(words, session.bits)
+    check_range(vector, dim=session.dim, bound=session.bound, bits=session.bits)
     slots = np.zeros(layout.chunks * SLOTS, dtype=np.int64)
-    for field in range(layout.fields):
-        part = values[field * layout.used : (field + 1) * layout.used]
-        slots[: len(part)] += part << field * layout.width
+    slots[: layout.used] = vector[: layout.used]
+    for field in range(1, layout.fields):
+        part = vector[field * layout.used : (field + 1) * layout.used]
+        slots[: len(part)] += np.left_shift(part, field * layout.width, dtype=np.int64)
     return slots
 
 
@@ -125,15 +124,14 @@ def unpack(slots: Slots, layout: Layout, *, limit: int) -> npt.NDArray[np.int64]
 
 def uniform(stream: Entropy, count: int) -> Slots:
     """int64[count], each uniform in [0, t): 42-bit words of the stream, drawn again where they are t or more."""
-    drawn = np.empty(count, dtype=np.int64)
-    again: npt.NDArray[np.intp] | slice = slice(None)
-    missing = count
-    while missing:
-        words = np.frombuffer(stream(8 * missing), dtype="<u8") & np.uint64((1 << PLAIN_BITS) - 1)
-        drawn[again] = words.astype(np.int64)
-        again = np.flatnonzero(drawn >= PLAIN_MODULUS)
-        missing = len(again)
+    drawn = _words(stream, count)
+    while len(again := np.flatnonzero(drawn >= PLAIN_MODULUS)):
+        drawn[again] = _words(stream, len(again))
     return drawn
+
+
+def _words(stream: Entropy, count: int) -> Slots:
+    return np.frombuffer(stream(8 * count), dtype="<i8") & ((1 << PLAIN_BITS) - 1)
 
 
 def blind(key: bytes, th: bytes, layout: Layout) -> Slots:
@@ -142,9 +140,8 @@ def blind(key: bytes, th: bytes, layout: Layout) -> Slots:
 
 
 def balanced(residues: Slots) -> Slots:
-    """The representatives in (−t/2, t/2), in place, of numbers in (−2t, 2t)."""
+    """The representatives in (−t/2, t/2), in place, of numbers in (−3t/2, 3t/2)."""
     half = PLAIN_MODULUS // 2
-    for _ in range(2):
-        residues -= PLAIN_MODULUS * (residues > half)
-        residues += PLAIN_MODULUS * (residues < -half)
+    np.subtract(residues, PLAIN_MODULUS, out=residues, where=residues > half)
+    np.add(residues, PLAIN_MODULUS, out=residues, where=residues < -half)
     return residues

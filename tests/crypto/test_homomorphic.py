@@ -125,7 +125,7 @@ def test_blinds_are_uniform_modulo_t_and_words_beyond_it_are_drawn_again() -> No
     assert ((counts - expected) ** 2 / expected).sum() < 130
 
 
-@pytest.mark.parametrize("start", [-2 * PLAIN_MODULUS + 1, -PLAIN_MODULUS, -HALF - 1, -HALF, 0, HALF, HALF + 1])
+@pytest.mark.parametrize("start", [0, 1, HALF, HALF + 1, PLAIN_MODULUS, PLAIN_MODULUS + HALF])
 def test_balanced_gives_the_smallest_representative(start: int) -> None:
     values = np.array([start, -start], dtype=np.int64)
     for value, found in zip(values.tolist(), balanced(values.copy()).tolist(), strict=True):
