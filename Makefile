@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run test lint clean
+.PHONY: run test lint fuzz clean
 run: .venv/.ready
 	$(BIN)/privfed run
 
@@ -27,6 +27,11 @@ lint: .venv/.ready-dev
 .venv/.ready-dev: .venv/.ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
+
+# Ten minutes of coverage-guided fuzzing of every decoder and machine of crypto/.
+fuzz: .venv/.ready-dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python tests/fuzz/fuzz_crypto.py --seconds 600
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -21,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 
 import privfed
 from privfed.api import prepare
-from privfed.data.records import SiteData, keyed_fraction
+from privfed.data.records import SiteData, keyed_fraction, public_split_key
 
 BARS = (
     Bar("privfed run examples/ist.toml, whole command", at_most=180.0),
@@ -74,8 +74,8 @@ def baselines(sites: dict[str, SiteData], seed: int) -> dict[str, float]:
     """AUROC, mean over hospitals: all records in one place, and every hospital alone, both without privacy."""
     train, validation, test = {}, {}, {}
     for name, data in sites.items():
-        held = keyed_fraction(data.ids, seed=seed, label="test") < 0.25
-        checked = keyed_fraction(data.ids, seed=seed, label="validation") < 0.25
+        held = keyed_fraction(data.ids, key=public_split_key(seed), label="test") < 0.25
+        checked = keyed_fraction(data.ids, key=public_split_key(seed), label="validation") < 0.25
         test[name], validation[name] = data.rows(held), data.rows(~held & checked)
         train[name] = data.rows(~held & ~checked)
     both = {

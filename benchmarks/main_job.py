@@ -22,7 +22,7 @@ from torch import nn
 
 import privfed
 from privfed.api import Preparation, prepare
-from privfed.data.records import keyed_fraction
+from privfed.data.records import keyed_fraction, public_split_key
 from privfed.privacy.accountant import Accountant
 from privfed.privacy.calibration import noise_multiplier_for
 from privfed.privacy.oracle.door import charge
@@ -93,7 +93,9 @@ def one_step_average(prepared: Preparation) -> float:
     theta: dict[str, torch.Tensor] | None = None
     splits = []
     for data in prepared.data.sites.values():
-        test = keyed_fraction(data.ids, seed=config.seed, label="test") < config.evaluation.test_fraction
+        test = (
+            keyed_fraction(data.ids, key=public_split_key(config.seed), label="test") < config.evaluation.test_fraction
+        )
         splits.append((data.rows(~test), data.rows(test)))
     model = nn.Linear(prepared.schema.features, prepared.schema.classes)
     nn.init.zeros_(model.weight)

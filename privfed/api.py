@@ -211,6 +211,7 @@ def _drive(ready: Preparation, home: RunFolder, observer: Observer | None) -> Ru
                 config,
                 run=facts.run,
                 spent={name: site.spent(config.privacy.delta) for name, site in consortium.sites.items()},
+                insecure=any(site.insecure_spends for site in consortium.sites.values()),
                 simulated=ready.data.simulated,
                 noise_multiplier=ready.noise_multiplier,
                 reports=reports,
@@ -229,6 +230,7 @@ def _ended(home: RunFolder) -> Run:
             f"{home.path} has a {folder.SUMMARY} and no {folder.CHECKPOINT}: restore it from your copy"
         )
     reports = tuple(report_of(line) for line in home.metrics(checkpoint.next_round))
+    _close_folder(home)
     return Run(home.path, _summary(home), reports, checkpoint.server["theta"])
 
 
@@ -269,7 +271,14 @@ def _leave(
     home.save_tensors(folder.PERSONAL, personal, about)
     home.write(folder.SUMMARY, summary.to_json() + "\n")
     consortium.close()
-    home.write(folder.REPORT, render(home.path))
+    _close_folder(home)
+
+
+def _close_folder(home: RunFolder) -> None:
+    """What comes after the summary; done again if a kill came in between."""
+    (home.path / folder.JOURNAL).unlink(missing_ok=True)  # the last round's seeds: nothing will be done again
+    if not (home.path / folder.REPORT).exists():
+        home.write(folder.REPORT, render(home.path))
 
 
 def _same_records(home: RunFolder, consortium: Consortium) -> None:

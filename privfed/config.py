@@ -47,12 +47,12 @@ class Privacy(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         Meta(description="noise standard deviation / max_grad_norm, instead of a calibrated one"),
     ] = None
     delta: Annotated[float, Meta(gt=0, lt=1, description="δ; far below 1 / number of records of a site")] = 1e-5
-    max_grad_norm: Annotated[float, Meta(gt=0, le=1e6, description="C, the largest L2 norm of a record's gradient")] = (
+    max_grad_norm: Annotated[float, Meta(ge=1e-6, le=1e6, description="C, largest L2 norm of a record's gradient")] = (
         1.0
     )
     sample_rate: Annotated[float, Meta(gt=0, le=1, description="q, public: the chance of a record to be drawn")] = 0.5
     expected_batch_size: Annotated[
-        float, Meta(gt=0, le=1e9, description="public denominator of a mean gradient; never computed from the data")
+        float, Meta(ge=1e-3, le=1e9, description="public denominator of a mean gradient; never computed from the data")
     ] = 40.0
     insecure_seed: Annotated[
         Annotated[int, Meta(ge=0, le=2**63 - 1)] | None,
@@ -132,8 +132,13 @@ class Policy(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         Meta(description="largest ε a site ever spends on its records; default privacy.target_epsilon"),
     ] = None
     max_parameters: Annotated[int, Meta(ge=1, description="largest model a site builds")] = 50_000_000
+    delta: Annotated[float, Meta(gt=0, lt=1, description="δ at which max_epsilon is meant")] = 1e-5
+    release_figures: Annotated[
+        bool,
+        Meta(description="answer with exact accuracy and loss, which no ε covers; false: they stay at the site"),
+    ] = True
     max_delta: Annotated[float, Meta(gt=0, lt=1, description="largest δ a site accepts")] = 1e-3
-    minimum_cohort: Annotated[int, Meta(ge=1, description="fewest sites in a released sum that a site joins")] = 2
+    minimum_cohort: Annotated[int, Meta(ge=1, description="smallest cohort and smallest sum that a site joins")] = 2
     require_privacy: Annotated[bool, Meta(description="refuse runs without a differential-privacy claim")] = False
     require_secure_aggregation: Annotated[bool, Meta(description="refuse plain aggregation")] = False
 

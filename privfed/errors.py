@@ -19,3 +19,7 @@ class RunIncomplete(PrivfedError):
 
 class RunFolderError(PrivfedError):
     """A run folder is not what it should be; it is named, never guessed at or overwritten."""
+
+
+class LedgerKeyError(RunFolderError):
+    """The key beside a ledger is not the one that its entries were written under."""

@@ -199,7 +199,7 @@ class Federation:
                 roster_version=self._roster.version,
             )
         )
-        tally = _Tally()
+        tally, invited = _Tally(), active
         result: AggregationResult | None = None
         aborted: str | None = None
         if self.config.method.sends:
@@ -217,13 +217,14 @@ class Federation:
         last = self.next_round == self.config.rounds
         measurements: dict[str, wire.Measurement] = {}
         # A method that sends nothing trains where it evaluates: every round is one.
+        active = tuple(index for index in active if self._names[index] not in self.retired)
         if last or not self.config.method.sends or self.next_round % self.config.evaluation.every == 0:
             measurements = self._evaluate(plan, number, active, tally)
         contributors = result.contributors if result else ()
         names = tuple(self._names[index] for index in contributors)
         return RoundReport(
             round=number,
-            invited=tuple(self._names[index] for index in active),
+            invited=tuple(self._names[index] for index in invited),
             contributed=names,
             dropped={
                 phase: tuple(self._names[index] for index in gone)
@@ -297,7 +298,7 @@ class Federation:
                 tally.refused[name] = str(error)
                 continue
             if isinstance(reply, wire.Refusal):
-                tally.refused[name] = reply.reason
+                tally.refused.setdefault(name, reply.reason)
                 if reply.final:
                     self.retired[name] = reply.reason
                 logger.warning("%s refuses: %s", name, reply.reason)

@@ -69,7 +69,7 @@ class RunFolder:
         require_empty(path)
         folder = cls(path)
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
             facts = msgspec.structs.replace(facts, config_sha256=hashlib.sha256(config.encode()).hexdigest())
             folder.write(CONFIG, config)
             # Last: with it the folder is a run's, and can be resumed
@@ -125,7 +125,8 @@ class RunFolder:
         Raises:
             RunFolderError: another process is at work in it.
         """
-        with open(self.path / LOCK, "w") as file:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        with os.fdopen(os.open(self.path / LOCK, flags, 0o600), "r+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -155,7 +156,8 @@ class RunFolder:
 
     def add_metrics(self, line: Mapping[str, Any]) -> None:
         """Append one round to metrics.jsonl, durably."""
-        with open(self.path / METRICS, "a", encoding="utf-8") as file:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        with os.fdopen(os.open(self.path / METRICS, flags, 0o600), "a", encoding="utf-8") as file:
             file.write(msgspec.json.encode(line).decode() + "\n")  # a number that is not finite becomes null
             file.flush()
             os.fsync(file.fileno())
@@ -227,9 +229,9 @@ class RunFolder:
             raise self._damaged(CHECKPOINT, error) from None
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
-        """Named tensors as a safetensors file (mode 0600), in one step, with a digest of their content."""
+        """Named tensors as a safetensors file, in one step, with a digest of their content."""
         whole = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-        self._replace(name, save(whole, {**facts, _DIGEST: _digest(whole, facts)}), mode=0o600)
+        self._replace(name, save(whole, {**facts, _DIGEST: _digest(whole, facts)}))
 
     def load_tensors(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         """A safetensors file's tensors and metadata.
@@ -249,14 +251,17 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """A whole text file, replaced in one step."""
-        self._replace(name, text.encode(), mode=0o666)
+        self._replace(name, text.encode())
 
-    def _replace(self, name: str, content: bytes, *, mode: int) -> None:
-        """Raises OSError, with what stood there still there."""
+    def _replace(self, name: str, content: bytes) -> None:
+        """Replaces a file in one step, for the owner alone: figures of single sites stand in most of them.
+
+        Raises OSError, with what stood there still there.
+        """
         temporary = self.path / (name + ".new")
         try:
             temporary.unlink(missing_ok=True)
-            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(content)
             _settle(temporary, self.path / name)
         except OSError as error:

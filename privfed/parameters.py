@@ -33,6 +33,8 @@ def decode(data: bytes) -> dict[str, Tensor]:
         state = load(data)
     except Exception as error:  # safetensors raises its own SafetensorError and plain ones
         raise ValueError(f"not a safetensors message: {type(error).__name__}") from None
+    if not all(tensor.dtype in (torch.float32, torch.float64, torch.int64) for tensor in state.values()):
+        raise ValueError("the model holds numbers of an unknown kind")
     if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
         raise ValueError("the model holds numbers that are not finite")
     return state

@@ -25,6 +25,8 @@ def check_policy(plan: RoundPlan, policy: Policy, *, insecure: bool) -> None:
     config, n = plan.config, len(plan.cohort)
     secure = config.aggregation.kind != "plain"
     summed = secure and config.method.sends
+    if config.method.sends and n < policy.minimum_cohort:
+        raise PolicyRefusal(f"policy.minimum_cohort = {policy.minimum_cohort}, the plan invites {n}")
     if summed and plan.minimum_cohort < policy.minimum_cohort:
         raise PolicyRefusal(
             f"policy.minimum_cohort = {policy.minimum_cohort}, the plan would release a sum of {plan.minimum_cohort}"

@@ -8,7 +8,6 @@ the ledger has the spend on disk before the vector that it paid for exists in an
 import hashlib
 import itertools
 import logging
-import math
 from dataclasses import dataclass, field
 
 import msgspec
@@ -37,12 +36,14 @@ from privfed.privacy.oracle.plain import PlainDoor
 from . import evaluation, parameters, wire
 from .config import Config, Policy
 from .data.records import SiteData, keyed_fraction
-from .errors import PrivfedError
+from .errors import LedgerKeyError, PrivfedError
 from .methods import Local, State
 from .models import classification_loss, mlp
 from .policy import PolicyRefusal, check_policy
 
 logger = logging.getLogger(__name__)
+
+MAX_PARAMETER = 1e4
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,13 @@ def grid_of(config: Config) -> FixedPoint:
 
 
 def split_id(config: Config) -> str:
-    """Names the keyed-hash split of a run's training records, for the ledger."""
-    return f"hash-{config.seed}"
+    """Names the keyed-hash split of a run's training records, for the ledger.
+
+    Parts compose in parallel under one name only. So the name changes with whatever could move a record to another
+    part: the seed, how records get their ids, where the parts' borders are.
+    """
+    terms = (config.seed, config.data, sorted(config.method.parts.items()))
+    return f"hash-{hashlib.sha256(msgspec.msgpack.encode(terms)).hexdigest()[:12]}"
 
 
 def planned_charges(config: Config, noise_multiplier: float, participations: int = 1) -> tuple[Charge, ...]:
@@ -160,6 +166,8 @@ class Site:
         noise_key: bytes[32]; every random number of a release derives from it and from what the release is bound to,
             so that a round replayed after a crash is the same release, and any other round has independent noise.
         policy: what this site demands, whatever a plan says.
+        split_key: bytes[32]; decides which records are for testing and which part the others fall into. A site's own
+            secret; the simulation derives it from the public seed, so that methods are compared on the same split.
         insecure: ``noise_key`` comes from a fixed seed that others know.
         accountant: shared among simulated sites for its cache.
 
@@ -180,6 +188,7 @@ class Site:
         journal: Journal,
         fingerprint_key: bytes,
         noise_key: bytes,
+        split_key: bytes,
         insecure: bool,
         policy: Policy,
         accountant: Accountant,
@@ -192,10 +201,17 @@ class Site:
         # One book for a site, whatever its table holds today: a record that was there last year is still in it after
         # another was added, and its ε must not start again.
         self._dataset = noise.derive_key(fingerprint_key, b"ledger", self.name.encode()).hex()
+        self._begun: tuple[str, int] | None = None
         self._measured: tuple[str, int] | None = None
+        if any(line.entry.dataset != self._dataset for line in ledger.entries(self.name)):
+            raise LedgerKeyError(
+                f"the ledger of {self.name} was written under another key: its spends would be forgotten. "
+                "Restore the key file from your copy"
+            )
         self._ledger, self._accountant = ledger, accountant
         self._journal = _Replayable(journal)
-        self._noise_key, self._insecure, self._policy = noise_key, insecure, policy
+        self._noise_key, self._split_key = noise_key, split_key
+        self._insecure, self._policy = insecure, policy
         self._run: tuple[str, Config, float] | None = None
         self._split: _Split | None = None
         self._private: State | None = None
@@ -238,8 +254,15 @@ class Site:
             reply = wire.Refusal("policy", str(error), final=True)
         except (AggregationError, wire.WireError) as error:
             reply = wire.Refusal("protocol", str(error), final=False)
-        except (PrivfedError, PrivacyError, ValueError) as error:
+        except (PrivfedError, ValueError) as error:
             reply = wire.Refusal("error", str(error), final=False)
+        except PrivacyError as error:
+            logger.error("%s: %s", self.name, error)  # its own log: the message names local files
+            reply = wire.Refusal("error", "the site can not use its ledger", final=False)
+        except Exception as error:
+            # Whatever a peer's bytes set off, the site answers and goes on; what it was may hold records
+            logger.error("%s: unexpected %s", self.name, type(error).__name__)
+            reply = wire.Refusal("error", f"unexpected {type(error).__name__} at the site", final=False)
         if isinstance(reply, wire.Refusal):
             self._current = None
             logger.info("%s refuses: %s", self.name, reply.reason)
@@ -248,6 +271,11 @@ class Site:
     def spent(self, delta: float) -> Epsilon:
         """ε of everything that the ledger holds for this site's records, all runs together."""
         return self._accountant.epsilon(self._ledger.charges(self.name, self._dataset), delta)
+
+    @property
+    def insecure_spends(self) -> bool:
+        """Whether some release of this site, in whatever run, had noise that others can recompute: its ε is void."""
+        return any(line.entry.insecure_seed for line in self._ledger.entries(self.name) if line.entry.kind == "charge")
 
     # One round
 
@@ -262,7 +290,7 @@ class Site:
         if config.privacy.unit is not PrivacyUnit.NONE and not self._charged(plan):
             prior = self._ledger.charges(self.name, self._dataset)
             expected = planned_charges(config, plan.noise_multiplier)
-            self._budget(config).ensure(self._accountant, prior, expected, site=self.name)
+            self._afford(config, prior, expected)
         context = wire.context(message.plan, message.state)
         session = session_of(plan, context, len(state["theta"]))
 
@@ -277,7 +305,7 @@ class Site:
             client = MaskedClient(
                 session=session, identity=self._identity, roster=self._roster, vector=vector, journal=self._journal
             )
-        self._current = _Round(plan.round, client)
+        self._current, self._begun = _Round(plan.round, client), (plan.run, plan.round)
         return client.receive(message.opening)
 
     def _step(self, message: wire.Step) -> bytes:
@@ -297,7 +325,7 @@ class Site:
         update = config.method.contribute(state, door)
         expected = planned_charges(config, plan.noise_multiplier)
         if sorted(door.charges, key=repr) != sorted(expected, key=repr):
-            raise PrivacyError(
+            raise PrivfedError(
                 f"method {type(config.method).__name__} executed {door.charges}, declared {expected}: not released"
             )
         # An update without noise is booked as what it is: ε of these records is infinite from now on.
@@ -314,8 +342,7 @@ class Site:
             insecure_seed=self._insecure,
             metadata={"context": context.hex(), "records": self._fingerprint},
         )
-        budget = self._budget(config) if door.charges else Budget(epsilon=math.inf, delta=config.privacy.delta)
-        self._ledger.charge(entry, lambda prior, new: budget.ensure(self._accountant, prior, new, site=self.name))
+        self._ledger.charge(entry, (lambda prior, new: self._afford(config, prior, new)) if door.charges else None)
         return grid_of(config).encode(update[0].numpy())
 
     def _evaluate(self, message: wire.Evaluate) -> wire.Measurement:
@@ -323,6 +350,8 @@ class Site:
         if self._measured is not None and self._measured[0] == plan.run and plan.round <= self._measured[1]:
             # Exact figures on models of someone's choice would be an oracle for single records: one answer a round.
             raise wire.WireError(f"{self.name} has measured round {plan.round} already")
+        if plan.config.method.sends and self._begun != (plan.run, plan.round):
+            raise wire.WireError(f"{self.name} measures the rounds that it took part in; it did not begin {plan.round}")
         self._measured = (plan.run, plan.round)
         self._current = None
         config, split = plan.config, self._split_of(plan.config)
@@ -342,10 +371,10 @@ class Site:
         def figure(theta: Tensor) -> float | None:
             return evaluation.score(outputs(theta), split.test.targets, config.evaluation.metric)
 
+        epsilon = None if config.privacy.unit is PrivacyUnit.NONE else self.spent(config.privacy.delta).value
+        if not self._policy.release_figures:
+            return wire.Measurement(0, None, None, None, None, epsilon)
         loss = classification_loss(outputs(state["theta"]), split.test.targets)
-        epsilon = None
-        if config.privacy.unit is not PrivacyUnit.NONE:
-            epsilon = self.spent(config.privacy.delta).value
         return wire.Measurement(
             records=len(split.test),
             loss=float(loss.mean()) if len(loss) else None,
@@ -375,6 +404,8 @@ class Site:
         theta = state.get("theta")
         if theta is None or theta.shape != (size,) or theta.dtype != torch.float32:
             raise wire.WireError(f"the model must be {size} float32 parameters for this site's table")
+        if float(theta.abs().max()) > MAX_PARAMETER:
+            raise wire.WireError(f"the model has parameters beyond ±{MAX_PARAMETER:g}: gradients lose their digits")
         return plan, state
 
     def _hold_to(self, plan: wire.RoundPlan) -> None:
@@ -408,18 +439,21 @@ class Site:
         recorded = (line.entry for line in self._ledger.entries(self.name) if line.entry.kind == "charge")
         return any((entry.run, entry.round, entry.attempt) == key for entry in recorded)
 
-    def _budget(self, config: Config) -> Budget:
-        limit = self._policy.max_epsilon or config.privacy.target_epsilon
-        return Budget(epsilon=limit, delta=config.privacy.delta)
+    def _afford(self, config: Config, prior: tuple[Charge, ...], new: tuple[Charge, ...]) -> None:
+        """Raise `BudgetExhausted` unless the site's own budget allows ``new``; without one, the run's target holds."""
+        budget = Budget(epsilon=config.privacy.target_epsilon, delta=config.privacy.delta)
+        if self._policy.max_epsilon is not None:
+            budget = Budget(epsilon=self._policy.max_epsilon, delta=self._policy.delta)
+        budget.ensure(self._accountant, prior, new, site=self.name)
 
     # The doors
 
     def _split_of(self, config: Config) -> _Split:
         if self._split is None:
             data = self._data
-            test = keyed_fraction(data.ids, seed=config.seed, label="test") < config.evaluation.test_fraction
+            test = keyed_fraction(data.ids, key=self._split_key, label="test") < config.evaluation.test_fraction
             train = data.rows(~test)
-            where = keyed_fraction(train.ids, seed=config.seed, label="parts")
+            where = keyed_fraction(train.ids, key=self._split_key, label="parts")
             parts = {ALL: np.ones(len(train), dtype=bool)}
             low = 0.0
             for name, fraction in config.method.parts.items():

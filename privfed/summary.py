@@ -90,6 +90,7 @@ def summarize(
     *,
     run: str,
     spent: Mapping[str, Epsilon],
+    insecure: bool,
     simulated: bool,
     noise_multiplier: float,
     reports: Sequence[RoundReport],
@@ -98,7 +99,8 @@ def summarize(
 ) -> Summary:
     """The summary of the rounds in ``reports``. A site that left counts with what it last measured.
 
-    ``spent`` is what each site's ledger holds at the end, whatever it has measured.
+    ``insecure`` says that some spend on the ledgers had noise that others can recompute; ``spent`` is what each site's
+    ledger holds at the end, whatever it has measured.
     """
     latest: dict[str, wire.Measurement] = {}
     for report in reports:
@@ -140,7 +142,7 @@ def summarize(
             accountant=largest.accountant if private else "none",
             adjacency="add-or-remove-one",
             sampling=f"Poisson, rate {config.privacy.sample_rate:g}",
-            insecure_seed=config.privacy.insecure_seed is not None,
+            insecure_seed=insecure or config.privacy.insecure_seed is not None,
         ),
         utility=UtilitySummary(
             metric=config.evaluation.metric,

@@ -29,9 +29,10 @@ class OpacusDoor:
 
     Guarantees:
         Each answer is PoissonSampled(q, Gaussian(σ)) for one record added to or removed from the drawn part. A draw
-        without records is answered with noise. A record whose gradient is not finite counts as zero. The number of
-        records, drawn or held, changes nothing but the sum. The privacy of q and of the denominator rests on the
-        caller: they must be public.
+        without records is answered with noise. Gradients, norms and sums are float64, whose rounding is below 1e-9 C
+        for parameters up to 1e4; the caller refuses larger ones. A record whose gradient is not finite counts as zero.
+        The number of records, drawn or held, changes nothing but the sum. The privacy of q and of the denominator rests
+        on the caller: they must be public.
     """
 
     def __init__(
@@ -40,13 +41,15 @@ class OpacusDoor:
         refuse_coupling_layers(model)
         self._records, self._settings, self._randomness, self._loss = records, settings, randomness, loss
         self._meter = Meter(settings.sample_rate, settings.noise_multiplier, records.split)
-        self._module = GradSampleModule(model, loss_reduction="sum")
+        # In float64: a kernel chosen by the batch's size rounds the other records' gradients anew, and in float32, at a
+        # model made for it, one more record moved the sum by 3 C.
+        self._module = GradSampleModule(model.double(), loss_reduction="sum")
         self._parameters = list(self._module.parameters())
         self._size = sum(parameter.numel() for parameter in self._parameters)
         self._optimizer = DPOptimizer(
             torch.optim.SGD(self._parameters, lr=0.0),
             noise_multiplier=settings.noise_multiplier,
-            # float32 may round a clipped norm up: clip a hair below C, so that C is the sensitivity.
+            # Rounding may lift a clipped norm a hair above its limit: clip below C, so that C is the sensitivity.
             max_grad_norm=settings.max_grad_norm * (1 - 1e-6),
             expected_batch_size=None,
             loss_reduction="sum",
@@ -58,33 +61,41 @@ class OpacusDoor:
 
     def gradient(self, theta: Tensor, batch: Batch) -> Tensor:
         check_theta(theta, self._size)
-        vector_to_parameters(theta[0], self._parameters)
+        vector_to_parameters(theta[0].double(), self._parameters)
         self._meter.query(batch)
         clipped_sum = self._clipped_sum(self._records.inputs[batch._rows], self._records.targets[batch._rows])
-        return release(
-            clipped_sum,
-            noise_multiplier=self._settings.noise_multiplier,
-            max_grad_norm=self._settings.max_grad_norm,
-            expected_batch_size=self._settings.denominator(batch._part),
-            randomness=self._randomness,
-        ).unsqueeze(0)
+        return (
+            release(
+                clipped_sum,
+                noise_multiplier=self._settings.noise_multiplier,
+                max_grad_norm=self._settings.max_grad_norm,
+                expected_batch_size=self._settings.denominator(batch._part),
+                randomness=self._randomness,
+            )
+            .to(theta.dtype)
+            .unsqueeze(0)
+        )
 
     @property
     def charges(self) -> tuple[Charge, ...]:
         return self._meter.charges
 
     def _clipped_sum(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """float32[P]: Σ over records of g · min(1, C/‖g‖)."""
-        self._optimizer.zero_grad()
-        with warnings.catch_warnings():
-            # torch warns that inputs need no gradient; Opacus's hooks do not need them to.
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            torch.autograd.backward(self._loss(self._module(inputs), targets).sum())
+        """float64[P]: Σ over records of g · min(1, C/‖g‖)."""
+        self._backward(inputs, targets)
         finite = torch.stack([p.grad_sample.isfinite().flatten(1).all(1) for p in self._parameters]).all(0)
         for parameter in self._parameters:
             parameter.grad_sample[~finite] = 0.0
         self._optimizer.clip_and_accumulate()
         return torch.cat([parameter.summed_grad.flatten() for parameter in self._parameters])
+
+    def _backward(self, inputs: Tensor, targets: Tensor) -> None:
+        """Leaves each record's gradient in the parameters' grad_sample."""
+        self._optimizer.zero_grad()
+        with warnings.catch_warnings():
+            # torch warns that inputs need no gradient; Opacus's hooks do not need them to.
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            torch.autograd.backward(self._loss(self._module(inputs.double()), targets).sum())
 
     def _refuse_coupled_loss(self) -> None:
         """Probe losses and g{a, b} = g{a} + g{b} on synthetic records, at parameters that are not all zero."""
@@ -92,7 +103,7 @@ class OpacusDoor:
         shape = self._records.inputs.shape[1:]
         pair = torch.randn(2, *shape, generator=probe)
         before = parameters_to_vector(self._parameters).detach().clone()
-        vector_to_parameters(0.1 * torch.randn(self._size, generator=probe), self._parameters)
+        vector_to_parameters(0.1 * torch.randn(self._size, generator=probe, dtype=torch.float64), self._parameters)
         # Without clipping: a coupling that only rescales gradients does not show where all of them are cut to norm C.
         limit, self._optimizer.max_grad_norm = self._optimizer.max_grad_norm, math.inf
         coupled = any(self._coupled(pair, self._records.targets.new_tensor(labels)) for labels in ([0, 1], [0, 0]))
@@ -110,7 +121,7 @@ class OpacusDoor:
 
         def probe(rows: slice) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
-                losses = self._loss(self._module(pair[rows]), targets[rows])
+                losses = self._loss(self._module(pair[rows].double()), targets[rows])
             return losses, self._clipped_sum(pair[rows], targets[rows])
 
         (losses, together), (loss_a, a), (loss_b, b) = probe(slice(2)), probe(slice(1)), probe(slice(1, 2))

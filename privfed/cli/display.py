@@ -59,6 +59,7 @@ class Display:
         self._steps = self._progress.add_task("rounds", total=config.rounds)
         self._metric = config.evaluation.metric
         self._delta = config.privacy.delta
+        self._void = " VOID" if config.privacy.insecure_seed is not None else ""
 
     def __enter__(self) -> "Display":
         if self._rich:
@@ -80,7 +81,7 @@ class Display:
             f"{loss.mean:.4f}" if loss else "–",
             f"{score.mean:.4f}" if score else "–",
             f"{personal.mean:.4f}" if personal else "–",
-            f"{report.epsilon:.3f}" if report.epsilon is not None else "–",
+            f"{report.epsilon:.3f}{self._void}" if report.epsilon is not None else "–",
             f"{len(report.contributed)}/{len(report.invited)}",
             _bytes(report.bytes_up),
         )
@@ -124,11 +125,7 @@ def _claim(ready: Preparation) -> str:
         return "nothing leaves a site, so the others learn nothing"
     if privacy.unit is PrivacyUnit.NONE:
         return "none: this run makes no differential-privacy claim"
-    goal = (
-        f"target ε = {privacy.target_epsilon:g}"
-        if privacy.noise_multiplier is None
-        else "fixed noise"
-    )
+    goal = f"target ε = {privacy.target_epsilon:g}" if privacy.noise_multiplier is None else "fixed noise"
     return (
         f"{privacy.unit.value} unit, {privacy.noise.value} noise, {goal} at δ = {privacy.delta:g} "
         f"(σ/C = {ready.noise_multiplier:.4g}, Poisson rate {privacy.sample_rate:g})"

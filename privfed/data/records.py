@@ -61,12 +61,17 @@ class Sites:
     notes: tuple[str, ...] = ()
 
 
-def keyed_fraction(ids: NDArray[np.uint64], *, seed: int, label: str) -> NDArray[np.float64]:
+def public_split_key(seed: int) -> bytes:
+    """bytes[32]: the split of a simulation, the same for all who know the seed. A real site keeps a secret one."""
+    return hashlib.sha256(f"privfed split {seed}".encode()).digest()
+
+
+def keyed_fraction(ids: NDArray[np.uint64], *, key: bytes, label: str) -> NDArray[np.float64]:
     """float64[n] in [0, 1): where each record falls, by a hash of its own id alone.
 
     A shuffled split depends on every record: one more patient moves the others between support and query, and parallel
     composition no longer holds. A keyed hash gives each record its place whatever the others are.
     """
-    key = f"privfed split {seed} {label}".encode()
+    key = hmac.digest(key, label.encode(), "sha256")
     words = (hmac.digest(key, int(record).to_bytes(8, "big"), "sha256")[:8] for record in ids)
     return np.fromiter((int.from_bytes(word, "big") / 2**64 for word in words), dtype=np.float64, count=len(ids))

@@ -14,7 +14,7 @@ from privfed.privacy.ledger import Ledger
 
 from .. import keyring
 from ..config import Config
-from ..data.records import Sites
+from ..data.records import Sites, public_split_key
 from ..engines.local import Engine, LocalEngine
 from ..errors import RunFolderError
 from ..site import Schema, Site
@@ -71,6 +71,7 @@ def open_consortium(
                 noise_key=keyring.site_key(key, name, "noise")
                 if seed is None
                 else noise.insecure_key(seed, name.encode()),
+                split_key=public_split_key(config.seed),
                 insecure=seed is not None,
                 policy=config.policy,
                 accountant=accountant,

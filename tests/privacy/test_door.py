@@ -296,7 +296,7 @@ COUPLED: dict[str, Loss] = {
     "times the batch size": lambda o, t: cross_entropy(o, t) * len(t),
     "reduced to a mean": lambda o, t: cross_entropy(o, t).mean(),
     "Cox partial likelihood": lambda o, t: torch.logsumexp(o[:, 0], 0) - o[:, 0],
-    "pairs of one class": lambda o, t: cross_entropy(o, t) + (t[:, None] == t).float().fill_diagonal_(0) @ o[:, 0],
+    "pairs of one class": lambda o, t: cross_entropy(o, t) + (t[:, None] == t).to(o).fill_diagonal_(0) @ o[:, 0],
 }
 
 

@@ -13,7 +13,7 @@ from privfed import wire
 from privfed.config import Config, Evaluation, Policy, Privacy
 from privfed.crypto.journal import Journal, MemoryJournal
 from privfed.crypto.roster import FIRST_PREVIOUS, Identity, Roster
-from privfed.data.records import SiteData
+from privfed.data.records import SiteData, public_split_key
 from privfed.engines.local import Engine, LocalEngine
 from privfed.federation import Cohort, Federation, cohort_of
 from privfed.methods import FedAvg
@@ -85,6 +85,7 @@ class House:
             "journal": self.kept[name],
             "fingerprint_key": key(name, "fingerprint"),
             "noise_key": key(name, "noise"),
+            "split_key": public_split_key(0),
             "insecure": self.insecure,
             "policy": self.policy,
             "accountant": ACCOUNTANT,

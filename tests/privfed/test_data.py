@@ -11,7 +11,7 @@ from scipy import stats
 
 from privfed.config import Evaluation
 from privfed.data.partition import skewed_sites
-from privfed.data.records import SiteData, keyed_fraction
+from privfed.data.records import SiteData, keyed_fraction, public_split_key
 from privfed.data.sources import BreastCancer
 from privfed.methods import Fomaml
 from privfed.privacy.oracle.door import ALL
@@ -22,7 +22,7 @@ IDS = st.lists(st.integers(0, 2**64 - 1), unique=True, max_size=30)
 
 
 def fractions(ids: list[int], seed: int = 3, label: str = "test") -> list[float]:
-    return keyed_fraction(np.array(ids, dtype=np.uint64), seed=seed, label=label).tolist()
+    return keyed_fraction(np.array(ids, dtype=np.uint64), key=public_split_key(seed), label=label).tolist()
 
 
 @given(IDS, st.integers(0, 2**64 - 1))

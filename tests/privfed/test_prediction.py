@@ -13,7 +13,7 @@ import privfed
 from privfed import folder
 from privfed.api import Run
 from privfed.cli.app import main
-from privfed.data.records import keyed_fraction
+from privfed.data.records import keyed_fraction, public_split_key
 from privfed.errors import ConfigError, DataError, RunFolderError
 from privfed.prediction import predict
 
@@ -76,7 +76,9 @@ def test_predictions_have_the_accuracy_that_the_evaluation_measured(run: Run, ta
     sites = config.data.load(seed=config.seed).sites
     frame = records()
     for name, data in sites.items():
-        test = keyed_fraction(data.ids, seed=config.seed, label="test") < config.evaluation.test_fraction
+        test = (
+            keyed_fraction(data.ids, key=public_split_key(config.seed), label="test") < config.evaluation.test_fraction
+        )
         here = (frame["ward"] == name).to_numpy()
         truth = frame["y"][here].map({"0": "no", "1": "yes"}).to_numpy()[test]
         measured = run.reports[-1].measurements[name]

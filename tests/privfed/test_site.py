@@ -20,7 +20,7 @@ from privfed.parameters import encode
 from privfed.privacy.events import Charge, NoiseSite, PoissonGaussian, PrivacyUnit
 from privfed.privacy.ledger import Ledger
 from privfed.privacy.oracle import plain as plain_module
-from privfed.site import Site, session_of
+from privfed.site import Site, session_of, split_id
 
 from .house import MARK, SIGMA, SIZE, House, changed, config, records, state_of
 
@@ -266,7 +266,8 @@ def test_the_ledger_holds_what_the_method_declared(house: House, asked: Config) 
     ask(house.sites["a"], begin(house.plan(asked)))
     (entry,) = (recorded.entry for recorded in house.charged("a"))
     groups = {charge.group: charge.count for charge in entry.charges}
-    expected = {"hash-0/support": 2, "hash-0/query": 1} if isinstance(asked.method, Fomaml) else {"all": 1}
+    name = split_id(asked)
+    expected = {f"{name}/support": 2, f"{name}/query": 1} if isinstance(asked.method, Fomaml) else {"all": 1}
     assert groups == expected
 
 
@@ -391,7 +392,13 @@ def test_another_record_in_the_table_does_not_start_epsilon_again(house: House) 
 def test_exact_figures_are_given_once_a_round(house: House) -> None:
     asked = config()
     message = wire.encode(wire.Evaluate(0, "evaluate", wire.encode_plan(house.plan(asked)), state_of(0.0)))
-    other = wire.encode(wire.Evaluate(0, "evaluate", wire.encode_plan(house.plan(asked)), state_of(0.5)))
+    early = wire.decode_reply(house.sites["a"].handle(message))
+    assert isinstance(early, wire.Refusal) and "did not begin" in early.reason
+    ask(house.sites["a"], begin(house.plan(PLAIN, run="q")))
+    message, other = (
+        wire.encode(wire.Evaluate(0, "evaluate", wire.encode_plan(house.plan(PLAIN, run="q")), state_of(value)))
+        for value in (0.0, 0.5)
+    )
     assert isinstance(wire.decode_reply(house.sites["a"].handle(message)), wire.Measurement)
     refusal = wire.decode_reply(house.sites["a"].handle(other))
     assert isinstance(refusal, wire.Refusal) and "measured round 0 already" in refusal.reason

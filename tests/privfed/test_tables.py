@@ -11,7 +11,7 @@ import pytest
 
 from privfed.data import files
 from privfed.data.columns import Categorical, Numeric, canonical, encode, input_names
-from privfed.data.records import SiteData, Sites, keyed_fraction
+from privfed.data.records import SiteData, Sites, keyed_fraction, public_split_key
 from privfed.data.tables import Table
 from privfed.errors import DataError
 
@@ -47,7 +47,7 @@ def told(folder: Path, text: str | bytes, *, name: str = "t.csv", **changes: Any
 def places(sites: Sites, name: str) -> list[tuple[float, tuple[float, ...], int]]:
     """Each record of a site with its place in the split, sorted by content."""
     data = sites.sites[name]
-    where = keyed_fraction(data.ids, seed=0, label="test")
+    where = keyed_fraction(data.ids, key=public_split_key(0), label="test")
     rows = zip(where.tolist(), map(tuple, data.inputs.tolist()), data.targets.tolist(), strict=True)
     return sorted(rows, key=lambda row: (row[1], row[2], row[0]))
 
@@ -198,7 +198,7 @@ def test_an_added_row_moves_no_other(tmp_path: Path) -> None:
 
 def test_the_same_row_twice_is_two_records_in_two_places(tmp_path: Path) -> None:
     sites = load(tmp_path, GOOD + "A,33,M,1\n" * 40)
-    where = keyed_fraction(sites.sites["A"].ids[-40:], seed=0, label="test")
+    where = keyed_fraction(sites.sites["A"].ids[-40:], key=public_split_key(0), label="test")
     assert len(set(where.tolist())) == 40 and where.min() < 0.25 < where.max()
 
 
