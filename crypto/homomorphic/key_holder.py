@@ -40,6 +40,10 @@ class HomomorphicKeyHolder:
     less than four bits of noise budget, is withheld; then, and whenever it fails, the key is destroyed. It sees blinded
     ciphertexts and the sum of the blinds: with an aggregator that follows the protocol it learns the sum alone.
 
+    A ciphertext crafted to show m slots of this round's key passes the range check by luck alone, with a probability of
+    at most 4^−m (2 fields), 8^−m (3 fields); any other result aborts the round and destroys the key. The key has 4096
+    ternary coefficients, so that fewer than 155 slots of 42 bits cannot fix it.
+
     **After a crash** the key is gone, and with it the attempt: the journal refuses a second key for it.
     """
 
