@@ -18,10 +18,11 @@ from privfed.privacy.events import PrivacyUnit
 from privfed.privacy.ledger import Ledger
 
 from . import config_io, folder, keyring
+from .cohort import cohort_of
 from .config import Config
 from .data.records import Sites
 from .errors import ConfigError, DataError, RunFolderError
-from .federation import Federation, RoundReport, cohort_of
+from .federation import Federation, RoundReport
 from .folder import Checkpoint, RunFacts, RunFolder
 from .parameters import load_vector, to_vector
 from .report import render

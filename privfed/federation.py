@@ -8,21 +8,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from privfed.crypto.aggregation import (
-    AggregationResult,
-    AggregationServer,
-    Session,
-    default_colluders,
-    default_minimum_cohort,
-    default_threshold,
-    run_round,
-)
+from privfed.crypto.aggregation import AggregationResult, AggregationServer, run_round
 from privfed.crypto.errors import AggregationError, FaultyDealer, RemoteProtocolError
 from privfed.crypto.masking.server import MaskedServer
 from privfed.crypto.plain import PlainServer
 from privfed.crypto.roster import Roster
 
 from . import wire
+from .cohort import Cohort, cohort_of
 from .config import Config
 from .engines.local import Engine
 from .errors import ConfigError
@@ -32,61 +25,6 @@ from .parameters import encode
 from .site import grid_of, session_of
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Cohort:
-    """The numbers of one round's aggregation, from the configuration and the number of sites invited."""
-
-    size: int
-    threshold: int
-    minimum_cohort: int
-    colluders: int
-
-    @property
-    def tolerated_dropouts(self) -> int:
-        return self.size - max(self.threshold, self.minimum_cohort)
-
-
-def cohort_of(config: Config, n: int) -> Cohort:
-    """The cohort's numbers for ``n`` sites.
-
-    Raises:
-        ConfigError: a configured number does not fit ``n`` sites.
-    """
-    if not config.method.sends:
-        return Cohort(n, 1, 1, 0)
-    settings = config.aggregation
-    masked = settings.kind == "masked"
-    if masked and n < 3:
-        raise ConfigError(
-            f"masked aggregation needs at least 3 sites, there are {n}: the sum of two tells each the other's update. "
-            "Use more sites, or aggregation.kind = 'plain' if the server may see every update"
-        )
-    threshold = settings.threshold or (default_threshold(n) if masked else 1)
-    minimum = settings.minimum_cohort or (default_minimum_cohort(threshold) if masked else 1)
-    colluders = settings.colluders
-    if colluders is None:
-        colluders = default_colluders(n, threshold) if masked else 0
-    if threshold > n:
-        raise ConfigError(
-            f"aggregation.threshold = {threshold} is above the cohort of {n} sites: at most {n} shares exist; "
-            f"lower it (default {default_threshold(n)})"
-        )
-    if minimum > n:
-        raise ConfigError(f"aggregation.minimum_cohort = {minimum} is above the cohort of {n} sites: lower it")
-    if masked and 2 * threshold <= n + colluders:
-        raise ConfigError(
-            f"aggregation.threshold = {threshold} is too small for {n} sites and {colluders} colluders: a server could "
-            f"unmask two views of one round; use at least {(n + colluders) // 2 + 1}"
-        )
-    try:  # the rest: the aggregation's own limits, before a round starts
-        grid = grid_of(config)
-        numbers = {"threshold": threshold, "minimum_cohort": minimum, "colluders": colluders, "bound": grid.bound}
-        Session(run="-", round=0, attempt=0, cohort=tuple(range(n)), dim=1, context=bytes(32), **numbers)
-    except ValueError as error:
-        raise ConfigError(f"aggregation: {error} (bound is aggregation.limit × 2^fraction_bits)") from None
-    return Cohort(n, threshold, minimum, colluders)
 
 
 @dataclass(frozen=True)
@@ -194,6 +132,7 @@ class Federation:
                 threshold=cohort.threshold,
                 minimum_cohort=cohort.minimum_cohort,
                 colluders=cohort.colluders,
+                degree=cohort.degree,
                 noise_multiplier=self._noise_multiplier,
                 config=self.config,
                 roster_version=self._roster.version,

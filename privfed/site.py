@@ -77,6 +77,7 @@ def session_of(plan: wire.RoundPlan, context: bytes, dim: int) -> Session:
         threshold=plan.threshold,
         minimum_cohort=plan.minimum_cohort,
         colluders=plan.colluders,
+        degree=plan.degree,
         context=context,
     )
 

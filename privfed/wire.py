@@ -25,6 +25,7 @@ class RoundPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         config: the whole configuration of the run.
         noise_multiplier: σ/C of this run; 0 for a run without a claim.
         cohort: roster indices of the invited sites, increasing.
+        degree: neighbours of each site in the mask graph; None for all.
     """
 
     run: Annotated[str, Meta(min_length=1, max_length=200)]
@@ -34,6 +35,7 @@ class RoundPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     threshold: Annotated[int, Meta(ge=1)]
     minimum_cohort: Annotated[int, Meta(ge=1)]
     colluders: Annotated[int, Meta(ge=0)]
+    degree: Annotated[int, Meta(ge=2)] | None
     noise_multiplier: Annotated[float, Meta(ge=0)]
     config: Config
     roster_version: int

@@ -9,7 +9,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from privfed.api import Preparation, Run
-from privfed.federation import RoundReport, cohort_of
+from privfed.cohort import cohort_of
+from privfed.federation import RoundReport
 from privfed.privacy.events import PrivacyUnit
 from privfed.summary import FigureSummary, Summary
 

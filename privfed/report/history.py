@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 
 from privfed import config_io
+from privfed.cohort import Cohort, cohort_of
 from privfed.config import Config
 from privfed.errors import ConfigError, RunFolderError
-from privfed.federation import Cohort, cohort_of
 from privfed.folder import CONFIG, METRICS, SUMMARY
 from privfed.summary import Summary
 

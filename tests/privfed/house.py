@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from privfed import wire
+from privfed.cohort import Cohort, cohort_of
 from privfed.config import Config, Evaluation, Policy, Privacy
 from privfed.crypto.journal import Journal, MemoryJournal
 from privfed.crypto.roster import FIRST_PREVIOUS, Identity, Roster
 from privfed.data.records import SiteData, public_split_key
 from privfed.engines.local import Engine, LocalEngine
-from privfed.federation import Cohort, Federation, cohort_of
+from privfed.federation import Federation
 from privfed.methods import FedAvg
 from privfed.parameters import encode, to_vector
 from privfed.privacy.accountant import Accountant
@@ -117,6 +118,7 @@ class House:
             "threshold": cohort.threshold,
             "minimum_cohort": cohort.minimum_cohort,
             "colluders": cohort.colluders,
+            "degree": cohort.degree,
             "noise_multiplier": config.privacy.noise_multiplier or 0.0,
             "config": config,
             "roster_version": 1,

@@ -190,7 +190,11 @@ floats = st.floats(1e-300, 1.0, exclude_max=True)
             st.builds(Local, lr=floats),
         ),
         privacy=st.builds(
-            Privacy, delta=floats, max_grad_norm=st.floats(1e-6, 1e6), noise_multiplier=st.none() | floats, sample_rate=floats
+            Privacy,
+            delta=floats,
+            max_grad_norm=st.floats(1e-6, 1e6),
+            noise_multiplier=st.none() | floats,
+            sample_rate=floats,
         ),
         aggregation=st.builds(Aggregation, limit=floats, threshold=st.none() | st.integers(2, 511)),
         simulation=st.builds(

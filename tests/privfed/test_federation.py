@@ -17,11 +17,12 @@ from dp_accounting.pld import PLDAccountant
 import privfed
 from privfed import wire
 from privfed.api import Run
+from privfed.cohort import cohort_of
 from privfed.config import Aggregation, Config, Evaluation, Outage, Policy, Privacy, Simulation
 from privfed.data.sources import BreastCancer
 from privfed.engines.local import LocalEngine
 from privfed.errors import ConfigError
-from privfed.federation import RoundReport, cohort_of
+from privfed.federation import RoundReport
 from privfed.methods import FedAvg, Fomaml, Local, Reptile
 from privfed.privacy.events import PrivacyUnit
 
@@ -341,3 +342,10 @@ def test_figures_that_are_not_finite_leave_the_metrics_readable(house: House, tm
 
     line: Mapping[str, Any] = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=no_constants)
     assert line["loss"] is None and line["sites"]["a"]["loss"] is None
+
+
+def test_above_128_sites_the_masks_run_over_a_sparse_graph() -> None:
+    cohort = cohort_of(config(), 200)
+    assert cohort.degree is not None and cohort.degree < 199
+    assert (cohort.minimum_cohort, cohort.colluders, cohort.tolerated_dropouts) == (180, 20, 20)
+    assert cohort_of(config(), 128).degree is None

@@ -1,0 +1,110 @@
+"""The numbers of a round's aggregation: what follows from how many sites are invited."""
+
+from dataclasses import dataclass
+
+from privfed.crypto import degree as graph_degree
+from privfed.crypto.aggregation import COMPLETE_UP_TO, Session, default_colluders, default_parameters, default_threshold
+
+from .config import Config
+from .errors import ConfigError
+from .site import grid_of
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """One round's aggregation.
+
+    Attributes:
+        size: sites invited.
+        threshold: shares that recover a dropout.
+        minimum_cohort: fewest sites whose sum is released.
+        colluders: sites that may collude with the server.
+        degree: neighbours of each site in the mask graph; None for all others.
+    """
+
+    size: int
+    threshold: int
+    minimum_cohort: int
+    colluders: int
+    degree: int | None = None
+
+    @property
+    def tolerated_dropouts(self) -> int:
+        # On a sparse graph the threshold counts neighbours, not sites
+        needed = self.minimum_cohort if self.degree is not None else max(self.threshold, self.minimum_cohort)
+        return self.size - needed
+
+
+def cohort_of(config: Config, n: int) -> Cohort:
+    """The cohort's numbers for ``n`` sites.
+
+    Raises:
+        ConfigError: a configured number does not fit ``n`` sites.
+    """
+    settings = config.aggregation
+    if not config.method.sends:
+        return Cohort(n, 1, 1, 0)
+    if settings.kind == "plain":
+        cohort = Cohort(n, settings.threshold or 1, settings.minimum_cohort or 1, settings.colluders or 0)
+    else:
+        cohort = _masked(config, n)
+    if cohort.minimum_cohort > n:
+        raise ConfigError(
+            f"aggregation.minimum_cohort = {cohort.minimum_cohort} is above the cohort of {n} sites: lower it"
+        )
+    try:  # the rest: the aggregation's own limits, before a round starts
+        Session(
+            run="-",
+            round=0,
+            attempt=0,
+            cohort=tuple(range(n)),
+            dim=1,
+            bound=grid_of(config).bound,
+            threshold=cohort.threshold,
+            minimum_cohort=cohort.minimum_cohort,
+            colluders=cohort.colluders,
+            degree=cohort.degree,
+            context=bytes(32),
+        )
+        if cohort.degree is not None:
+            graph_degree.check(
+                n,
+                degree=cohort.degree,
+                threshold=cohort.threshold,
+                colluders=cohort.colluders,
+                minimum_cohort=cohort.minimum_cohort,
+            )
+    except ValueError as error:
+        raise ConfigError(f"aggregation: {error} (bound is aggregation.limit × 2^fraction_bits)") from None
+    return cohort
+
+
+def _masked(config: Config, n: int) -> Cohort:
+    settings = config.aggregation
+    if n < 3:
+        raise ConfigError(
+            f"masked aggregation needs at least 3 sites, there are {n}: the sum of two tells each the other's update. "
+            "Use more sites, or aggregation.kind = 'plain' if the server may see every update"
+        )
+    if n > COMPLETE_UP_TO and settings.threshold is None:
+        numbers = default_parameters(n)
+        return Cohort(
+            n,
+            numbers.threshold,
+            settings.minimum_cohort or numbers.minimum_cohort,
+            numbers.colluders if settings.colluders is None else settings.colluders,
+            numbers.degree,
+        )
+    threshold = settings.threshold or default_threshold(n)
+    if threshold > n:
+        raise ConfigError(
+            f"aggregation.threshold = {threshold} is above the cohort of {n} sites: at most {n} shares exist; "
+            f"lower it (default {default_threshold(n)})"
+        )
+    colluders = default_colluders(n, threshold) if settings.colluders is None else settings.colluders
+    if 2 * threshold <= n + colluders:
+        raise ConfigError(
+            f"aggregation.threshold = {threshold} is too small for {n} sites and {colluders} colluders: a server could "
+            f"unmask two views of one round; use at least {(n + colluders) // 2 + 1}"
+        )
+    return Cohort(n, threshold, settings.minimum_cohort or max(3, threshold), colluders)
