@@ -216,7 +216,7 @@ class Accountant:
         single, mixed = _between_nodes(events)
         step, refinement = _first_step(guess), _REFINEMENT
         if mixed:  # hundreds of spectra: two grids that are nearly fine enough are quicker than three
-            step, refinement = step / _REFINEMENT, _REFINEMENT / 2
+            step, refinement = 2.0 ** math.floor(math.log2(max(guess, 1e-5) / (4 * _STEPS_PER_EPSILON))), 2.0
         best, change = math.inf, 1.0
         while True:
             value = self._on_grid(single, mixed, step, delta)

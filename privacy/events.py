@@ -189,7 +189,7 @@ def to_dp_event(event: Event) -> dp_accounting.DpEvent:
         case PoissonGaussian(sample_rate=rate, noise_multiplier=noise_multiplier):
             return dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise_multiplier))
         case PatientMixture(sample_rate=rate, max_records=k, noise_multiplier=noise_multiplier):
-            return dp_accounting.MixtureOfGaussiansDpEvent(
+            return dp_accounting.dp_event.MixtureOfGaussiansDpEvent(
                 noise_multiplier, list(range(k + 1)), record_probabilities(k, rate)
             )
     raise UnsupportedEvent(f"no accountant bounds a {type(event).__name__}")

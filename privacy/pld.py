@@ -78,7 +78,7 @@ class Composer:
     """Composes events on grids, and keeps the distributions and spectra it has computed, at most some 200 MB."""
 
     def __init__(self) -> None:
-        self._losses = lru_cache(maxsize=512)(_losses_of)
+        self._losses = lru_cache(maxsize=1024)(_losses_of)
         self._spectra: OrderedDict[tuple[Event, float, int, bool], _Complex] = OrderedDict()
         self._held_bytes = 0
 

@@ -1,7 +1,8 @@
 """Rényi divergences of the events, at many orders at once: the quick route, and the only one for Skellam noise.
 
 A divergence at order α is for the worse of the two directions (a unit added, a unit removed). Where an event has a
-formula at integer orders only, a fractional order takes the next integer's: divergences grow with their order.
+formula at integer orders only, a fractional order lies between them: (α − 1) times the divergence is convex in α, and 0
+at α = 1 (it is the logarithm of a moment).
 """
 
 import math
@@ -20,7 +21,6 @@ _INTEGERS = np.array(
     [*range(2, 65), *range(68, 129, 4), *range(144, 257, 16), 320, 384, 448, 512, 640, 768, 1024], dtype=np.int64
 )
 ORDERS: _Floats = np.unique(np.concatenate([_FRACTIONS, _INTEGERS.astype(np.float64)]))
-_NEXT_INTEGER = np.searchsorted(_INTEGERS, np.ceil(ORDERS - 1e-9).astype(np.int64))  # ORDERS → the integer order above
 _FRACTIONAL = np.flatnonzero(ORDERS != np.round(ORDERS))
 
 # All terms (order, k ≥ 2) of the binomial expansions, one order after the other
@@ -83,7 +83,10 @@ def _gaussian(sigma: float, sensitivity: float) -> _Floats:
 
 
 def _from_integers(at_integers: _Floats) -> _Floats:
-    at_orders: _Floats = at_integers[_NEXT_INTEGER]
+    log_moments = np.concatenate([[0.0], (_INTEGERS - 1) * at_integers])
+    if not np.isfinite(log_moments).all():  # no line between an infinite end and another: take the order above
+        return at_integers[np.searchsorted(_INTEGERS, ORDERS - 1e-9)]
+    at_orders: _Floats = np.interp(ORDERS, np.concatenate([[1], _INTEGERS]), log_moments) / (ORDERS - 1) * (1 + 1e-12)
     return at_orders
 
 

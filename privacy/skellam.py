@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from .events import Skellam
 from .noise import KEY_BYTES
 
-MAX_VARIANCE = 2**40  # of one share: a table of 14 million entries, built in about ten seconds
+MAX_VARIANCE = 2**40  # of one share: a table of 14 million entries, built in some twenty seconds
 SAMPLING_ERROR = 2.0**-100  # total variation between a sample and the Skellam law, per coordinate; see `SkellamTable`
 
 _HIGH, _LOW = 63, 64  # bits of a threshold in the first word and in the second; the first word's last bit is the sign

@@ -21,8 +21,8 @@ from dp_accounting.pld import PLDAccountant
 
 from privfed.privacy.accountant import Accountant
 from privfed.privacy.budget import Budget
-from privfed.privacy.errors import BudgetExhausted, ChargeConflict, LedgerCorrupt, PrivacyError
-from privfed.privacy.events import Charge, NoiseSite, PoissonGaussian, PrivacyUnit
+from privfed.privacy.errors import BudgetExhausted, ChargeConflict, LedgerCorrupt, NoGuarantee, PrivacyError
+from privfed.privacy.events import Charge, Gaussian, NoiseSite, PoissonGaussian, PrivacyUnit, Skellam
 from privfed.privacy.ledger import _SCHEMA, Entry, Ledger
 
 STEP = Charge(PoissonGaussian(0.1, 2.0), count=5)
@@ -367,3 +367,94 @@ def test_writers_take_turns_and_cannot_overspend_together(path: Path) -> None:
         ledger.verify()
         assert len(ledger.charges("a", "d0")) == 40  # of 45 tried
     assert os.listdir(path.parent) == [path.name]
+
+
+# Reserve and settle
+
+
+def shared(shares: int, colluders: int = 1) -> Charge:
+    return Charge(
+        Skellam(share_variance=4000, shares=shares, colluders=colluders, dim=64, l2_squared=900, l1=240), group="all"
+    )
+
+
+def release(kind: str, shares: int, round: int = 0, **changes: object) -> Entry:
+    fields = {"noise": NoiseSite.DISTRIBUTED, "charges": (shared(shares),), "kind": kind, **changes}
+    return entry(round, **fields)  # type: ignore[arg-type]
+
+
+def test_a_reserve_counts_at_its_worst_case_until_it_is_settled(path: Path) -> None:
+    with Ledger(path) as ledger:
+        ledger.reserve(release("reserve", 6))
+        ledger.reserve(release("reserve", 6, 1))
+        assert ledger.charges("a", "d0") == (shared(6), shared(6))
+        ledger.settle(release("settle", 9, 1, metadata={"survivors": "c0ffee"}))
+        assert ledger.charges("a", "d0") == (shared(6), shared(9))
+        settled = Accountant().epsilon(ledger.charges("a", "d0"), 1e-5).value
+        assert settled < Accountant().epsilon([shared(6), shared(6)], 1e-5).value
+    with Ledger(path) as ledger:  # and so after a restart
+        ledger.verify()
+        assert ledger.charges("a", "d0") == (shared(6), shared(9))
+        assert ledger.charges("a", "d1") == ()
+
+
+def test_settling_again_is_the_same_and_settling_otherwise_is_refused(path: Path) -> None:
+    with Ledger(path) as ledger:
+        ledger.reserve(release("reserve", 6))
+        assert ledger.settle(release("settle", 8)) == ledger.settle(release("settle", 8))
+        with pytest.raises(ChargeConflict):
+            ledger.settle(release("settle", 9))
+        assert ledger.charges("a", "d0") == (shared(8),)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"charges": (shared(5),)}, id="fewer shares"),
+        pytest.param({"charges": (shared(8, colluders=0),)}, id="fewer colluders"),
+        pytest.param({"charges": (Charge(PoissonGaussian(0.1, 2.0)),)}, id="another event"),
+        pytest.param({"charges": (shared(8), shared(8))}, id="more events"),
+        pytest.param({"audience": "own users"}, id="another audience"),
+        pytest.param({"dataset": "d1"}, id="another data set"),
+        pytest.param({"round": 7}, id="nothing reserved"),
+        pytest.param({"attempt": 1}, id="another attempt"),
+    ],
+)
+def test_a_settlement_that_is_not_of_its_reserve_is_refused(path: Path, changes: dict[str, object]) -> None:
+    with Ledger(path) as ledger:
+        ledger.reserve(release("reserve", 6))
+        with pytest.raises(PrivacyError, match=r"reserved"):
+            ledger.settle(release("settle", 8, **changes))  # type: ignore[arg-type]
+        assert ledger.charges("a", "d0") == (shared(6),)
+
+
+def test_a_reserve_is_checked_against_the_budget_and_a_settlement_is_not(path: Path) -> None:
+    accountant = Accountant()
+    budget = Budget(epsilon=accountant.epsilon([shared(6)], 1e-5).value, delta=1e-5)
+
+    def check(prior: tuple[Charge, ...], new: tuple[Charge, ...]) -> None:
+        budget.ensure(accountant, prior, new, site="a")
+
+    with Ledger(path) as ledger:
+        ledger.reserve(release("reserve", 6), check)
+        with pytest.raises(BudgetExhausted):
+            ledger.reserve(release("reserve", 6, 1), check)
+        ledger.settle(release("settle", 10))
+        with pytest.raises(ValueError, match="kind"):
+            ledger.reserve(release("charge", 6))
+        with pytest.raises(ValueError, match="kind"):
+            ledger.settle(release("reserve", 6))
+
+
+@pytest.mark.parametrize("first", ["charge", "reserve"])
+def test_units_that_do_not_compose_are_refused(path: Path, first: str) -> None:
+    with Ledger(path) as ledger:
+        opening = entry(0) if first == "charge" else release("reserve", 6)
+        (ledger.charge if first == "charge" else ledger.reserve)(opening)
+        with pytest.raises(NoGuarantee, match=r"2C"):
+            ledger.charge(entry(1, unit=PrivacyUnit.PATIENT))
+        ledger.charge(entry(1, unit=PrivacyUnit.PATIENT, dataset="d1"))
+        ledger.charge(entry(2, unit=PrivacyUnit.CLIENT, audience="own users"))
+        # A release without noise is without bound for any unit: it may stand beside the others
+        ledger.charge(entry(3, unit=PrivacyUnit.NONE, charges=(Charge(Gaussian(0.0)),)))
+        assert Accountant().epsilon(ledger.charges("a", "d0"), 1e-5).value == float("inf")
