@@ -30,6 +30,7 @@ _TERM_START = np.concatenate([[0], np.cumsum(_INTEGERS - 1)[:-1]])
 _LOG_BINOMIAL = gammaln(_TERM_ORDER + 1) - gammaln(_TERM_K + 1) - gammaln(_TERM_ORDER - _TERM_K + 1)
 
 _QUADRATURE_ERROR = 1e-8  # relative; the trapezoid rule is far better, the rounding of its sum is not
+_CANCELLATION = 1e-14  # relative to the size of r − 1, whose first-order term cancels
 _QUADRATURE_SIGMAS = (0.2, 100.0)  # outside, points are too many, or what is summed drowns in rounding
 
 
@@ -133,7 +134,7 @@ def _poisson_gaussian(rate: float, sigma: float) -> _Floats:
     if _QUADRATURE_SIGMAS[0] <= sigma <= _QUADRATURE_SIGMAS[1]:
         orders = ORDERS[_FRACTIONAL]
         moments = _excess_moments(np.array([1 - rate, rate]), sigma, orders)
-        result[_FRACTIONAL] = np.fmin(result[_FRACTIONAL], _of_moments(moments, orders))
+        result[_FRACTIONAL] = np.fmin(result[_FRACTIONAL], _of_moments(moments, orders, rate / sigma))
     return np.fmin(result, unsampled)
 
 
@@ -147,17 +148,20 @@ def _patient_mixture(rate: float, max_records: int, sigma: float) -> _Floats:
     weights = np.array(record_probabilities(max_records, rate))
     tried = np.flatnonzero(max_records * ORDERS <= 512)
     orders = ORDERS[tried]
-    removed = _of_moments(_excess_moments(weights, sigma, orders), orders)
-    added = _of_moments(_excess_moments(weights, sigma, 1 - orders), orders)
+    removed = _of_moments(_excess_moments(weights, sigma, orders), orders, rate / sigma)
+    added = _of_moments(_excess_moments(weights, sigma, 1 - orders), orders, rate / sigma)
     result = unsampled.copy()
     result[tried] = np.fmin(np.maximum(removed, added), unsampled[tried])
     return result
 
 
-def _of_moments(excess: _Floats, orders: _Floats) -> _Floats:
-    """RDP of E[…] − 1; an excess that rounding made nought or less says nothing, and is left out as NaN."""
+def _of_moments(excess: _Floats, orders: _Floats, size: float) -> _Floats:
+    """RDP of E[…] − 1, where r − 1 is of about `size`, raised by what rounding may have taken from it.
+
+    An excess that rounding made nought or less says nothing, and is left out as NaN.
+    """
     usable = np.where(excess > 0, excess, np.nan)
-    divergence: _Floats = np.log1p(usable) / (orders - 1) * (1 + _QUADRATURE_ERROR)
+    divergence: _Floats = np.log1p(usable) / (orders - 1) * (1 + _QUADRATURE_ERROR + _CANCELLATION / size)
     return divergence
 
 

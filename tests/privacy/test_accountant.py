@@ -133,7 +133,7 @@ def test_nothing_costs_nothing_and_no_noise_costs_everything() -> None:
         assert part.value == part.per_group["s/query"] == math.inf
 
 
-@pytest.mark.parametrize(("rate", "sigma"), [(0.01, 1.0), (0.5, 5.0), (0.001, 0.6), (0.9, 0.3)])
+@pytest.mark.parametrize(("rate", "sigma"), [(0.01, 1.0), (0.5, 5.0), (0.001, 0.6), (0.9, 0.3), (1e-8, 30.0)])
 @pytest.mark.parametrize("order", [1.1, 2.0, 2.5, 7.3, 30.0, 64.0])
 def test_rdp_is_the_integral_that_defines_it(rate: float, sigma: float, order: float) -> None:
     """30 digits of E_{N(0,σ²)}[(1 − q + q·e^((2x−1)/2σ²))^α]. dp-accounting is up to 54 % above it at α < 3."""
@@ -145,7 +145,8 @@ def test_rdp_is_the_integral_that_defines_it(rate: float, sigma: float, order: f
         )
         exact = float(mpmath.log(moment) / (a - 1))
     ours = rdp.divergences(PoissonGaussian(rate, sigma))[np.searchsorted(rdp.ORDERS, order - 1e-9)]
-    assert exact <= ours <= exact * (1 + 2e-8)
+    # a sample this rare leaves 1e-5 to rounding at fractional orders
+    assert exact <= ours <= exact * (1 + (2e-8 if rate > 1e-6 else 1e-4))
 
 
 def test_divergences_lost_to_rounding_are_not_called_zero() -> None:

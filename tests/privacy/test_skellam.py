@@ -159,6 +159,17 @@ def test_the_bound_is_above_the_exact_divergence_and_close(mu: int, shift: int) 
             assert ours <= exact * 1.15
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(-4, 4), min_size=1, max_size=6).filter(any), st.sampled_from([30, 300]))
+def test_the_bound_is_above_the_exact_divergence_of_vectors(shift: list[int], mu: int) -> None:
+    """Independent coordinates: the exact divergence of a vector is the sum over its coordinates."""
+    l2_squared, l1 = sum(x * x for x in shift), sum(abs(x) for x in shift)
+    release = Skellam(share_variance=mu, shares=1, colluders=0, dim=len(shift), l2_squared=l2_squared, l1=l1)
+    for order in (2, 5, 16):
+        exact = sum(exact_divergence(mu, abs(x), order) for x in shift if x)
+        assert exact <= rdp.divergences(release)[np.searchsorted(rdp.ORDERS, order)]
+
+
 def test_the_formula_by_hand() -> None:
     """α = 4, Δ₂² = 9, Δ₁ = 5, μ = 10: 4·9/20 + min(((7)·9 + 30)/400, 15/20) = 1.8 + 0.2325."""
     got = rdp.divergences(event(10, dim=3, l2=3, l1=5))[np.searchsorted(rdp.ORDERS, 4.0)]
