@@ -2,6 +2,8 @@
 
 import hashlib
 
+_JOINED_BYTES = 64 * 1024  # one call for a short input; a long one is not copied
+
 
 def digest(label: str, *parts: bytes) -> bytes:
     """The 32-byte hash of (label, *parts), each with its length before it.
@@ -12,8 +14,10 @@ def digest(label: str, *parts: bytes) -> bytes:
 
     **Guarantees**: injective encoding, so equal digests mean equal labels and parts (collision resistance of SHA-256).
     """
+    pieces = [piece for part in (label.encode(), *parts) for piece in (len(part).to_bytes(8, "big"), part)]
+    if sum(map(len, pieces)) <= _JOINED_BYTES:
+        return hashlib.sha256(b"".join(pieces)).digest()
     state = hashlib.sha256()
-    for part in (label.encode(), *parts):
-        state.update(len(part).to_bytes(8, "big"))
-        state.update(part)
+    for piece in pieces:
+        state.update(piece)
     return state.digest()

@@ -13,7 +13,7 @@ from .prg import Words, word_dtype
 IntVector = npt.NDArray[np.signedinteger[Any]]
 """A one-dimensional vector of a signed integer dtype; `int64[dim]` where we make it."""
 
-_COLUMNS = 8192  # words worked on at a time: two rows and a scratch row stay in L1 or L2
+_COLUMNS = 32 * 1024  # words worked on at a time: three rows stay in L2; fewer, and calling numpy takes longer
 
 
 def _period(bits: int) -> tuple[int, int, int]:
@@ -67,8 +67,11 @@ def decode(words: Words, bits: int) -> npt.NDArray[np.int64]:
     """int64[dim]: the balanced representatives, in [−2^(bits−1), 2^(bits−1)), of residues modulo 2^bits."""
     spare = words.dtype.type(words.itemsize * 8 - bits)
     signed = np.dtype(f"<i{words.itemsize}")
+    values = np.empty(len(words), dtype=np.int64)
     # Shifted up and down again as a signed number, the word's sign is that of its bit `bits − 1`.
-    values: npt.NDArray[np.int64] = ((words << spare).view(signed) >> signed.type(spare)).astype(np.int64)
+    for start in range(0, len(words), _COLUMNS):
+        raised = words[start : start + _COLUMNS] << spare
+        values[start : start + _COLUMNS] = raised.view(signed) >> signed.type(spare)
     return values
 
 
@@ -102,31 +105,71 @@ def pack(words: Words, bits: int) -> bytes:
     return packed.tobytes()
 
 
-def add_packed(total: Words, data: bytes, bits: int) -> None:
-    """total += the words of `pack`, modulo 2^bits: bits of `total` above the lowest `bits` mean nothing afterwards.
+class PackedSum:
+    """Σ of packed vectors modulo 2^bits, unpacked once at the end rather than once for each of them.
 
-    Raises:
-        RemoteProtocolError: wrong length, or padding that is not zero (two encodings of one vector). `total` is
-            unchanged then.
+    Two sums are kept: of the lanes as they come, and for each word position of what is left of its first lane once the
+    bits below the word are shifted out. A word is its own low bits and, where it reaches into the next lane, that
+    lane's low bits above them. So its sum is the sum of the one plus the sum of the next lanes shifted up: shifting up
+    commutes with addition modulo 2^L, and everything else in either reaches only bits above the word's own.
+
+    **Guarantees**: `words` is exact modulo 2^bits for any number of vectors. Memory is less than two vectors.
     """
-    rows, width = _check_packed(data, len(total), bits)
-    part = np.empty(_COLUMNS, dtype=total.dtype)
-    spill = np.empty(_COLUMNS, dtype=total.dtype)
-    columns = rows.shape[1]
-    for start in range(0, columns, _COLUMNS):
-        for position, row in _rows(total, columns, start):
-            # Neighbours in the lane stay above the word's own bits, where they cannot reach down.
-            np.add(row, _lift(rows, position * bits, bits, width, start, part[: len(row)], spill[: len(row)]), row)
+
+    def __init__(self, dim: int, bits: int) -> None:
+        self._dim, self._bits = dim, bits
+        period, lanes, width = _period(bits)
+        columns = -(-dim // period)
+        self._lanes = np.zeros((lanes, columns), dtype=word_dtype(bits))
+        self._firsts = np.zeros((period, columns), dtype=word_dtype(bits)) if period > 1 else self._lanes
+        self._scratch = np.empty(min(columns, _COLUMNS), dtype=word_dtype(bits))
+        # For each lane, the positions of the words that begin inside it, with the bits below them.
+        self._inside: list[list[tuple[int, np.unsignedinteger[Any]]]] = [[] for _ in range(lanes)]
+        for position in range(period):
+            lane, shift = divmod(position * bits, width)
+            if shift:
+                self._inside[lane].append((position, self._lanes.dtype.type(shift)))
+
+    def add(self, data: bytes | memoryview) -> None:
+        """Adds the words of `pack`.
+
+        Raises:
+            RemoteProtocolError: wrong length, or padding that is not zero (two encodings of one vector). The sum is
+                unchanged then.
+        """
+        rows = _check_packed(data, self._dim, self._bits)
+        for start in range(0, rows.shape[1], _COLUMNS):
+            for lane, inside in enumerate(self._inside):
+                given, total = rows[lane, start : start + _COLUMNS], self._lanes[lane, start : start + _COLUMNS]
+                np.add(total, given, total)
+                part = self._scratch[: len(given)]
+                for position, shift in inside:
+                    np.right_shift(given, shift, part)
+                    total = self._firsts[position, start : start + _COLUMNS]
+                    np.add(total, part, total)
+
+    def words(self) -> Words:
+        """uint16[dim] or uint32[dim]: the sum; only the low `bits` bits of a word count. Ends the sum."""
+        period, _, width = _period(self._bits)
+        word = self._lanes.dtype.type
+        for position in range(period) if period > 1 else ():
+            lane, shift = divmod(position * self._bits, width)
+            if shift == 0:
+                self._firsts[position] = self._lanes[lane]
+            elif shift + self._bits > width:
+                self._firsts[position] += self._lanes[lane + 1] << word(width - shift)
+        return self._firsts.reshape(-1)[: self._dim]
 
 
-def unpack(data: bytes, *, dim: int, bits: int) -> Words:
+def unpack(data: bytes | memoryview, *, dim: int, bits: int) -> Words:
     """The words of `pack`.
 
     Raises:
         RemoteProtocolError: wrong length, or padding that is not zero (two encodings of one vector).
     """
-    words = np.zeros(dim, dtype=word_dtype(bits))
-    add_packed(words, data, bits)
+    packed = PackedSum(dim, bits)
+    packed.add(data)
+    words = packed.words()
     words &= words.dtype.type((1 << bits) - 1)
     return words
 
@@ -139,29 +182,19 @@ def _rows(words: Words, columns: int, start: int) -> Iterator[tuple[int, Words]]
             yield position, row
 
 
-def _lift(lanes: Words, bit: int, bits: int, width: int, start: int, part: Words, spill: Words) -> Words:
-    """The words that begin at `bit` of the columns from `start` on, with other words' bits above them."""
-    lane, shift = divmod(bit, width)
-    at, word = slice(start, start + len(part)), lanes.dtype.type
-    if shift == 0:
-        return lanes[lane, at]
-    np.right_shift(lanes[lane, at], word(shift), part)
-    if shift + bits > width:
-        np.left_shift(lanes[lane + 1, at], word(width - shift), spill)
-        np.bitwise_or(part, spill, part)
-    return part
-
-
-def _check_packed(data: bytes, dim: int, bits: int) -> tuple[Words, int]:
-    """The lanes and their width of a packed vector that has one form only."""
+def _check_packed(data: bytes | memoryview, dim: int, bits: int) -> Words:
+    """The lanes of a packed vector that has one form only."""
     if len(data) != packed_bytes(dim, bits):
         raise RemoteProtocolError(f"a packed vector must have {packed_bytes(dim, bits)} bytes, got {len(data)}")
     period, lanes, width = _period(bits)
     rows: Words = np.frombuffer(data, dtype=word_dtype(bits)).reshape(lanes, -1)
-    columns, mask = rows.shape[1], word_dtype(bits).type((1 << bits) - 1)
+    columns = rows.shape[1]
     for index in range(dim, period * columns):  # fewer than `period` of them, at the ends of the last rows
         position, column = divmod(index, columns)
-        one = np.empty(1, dtype=rows.dtype)
-        if int(_lift(rows, position * bits, bits, width, column, one, one.copy())[0] & mask):
+        lane, shift = divmod(position * bits, width)
+        value = int(rows[lane, column]) >> shift
+        if shift + bits > width:
+            value |= int(rows[lane + 1, column]) << (width - shift)
+        if value & ((1 << bits) - 1):
             raise RemoteProtocolError("a packed vector has padding that is not zero")
-    return rows, width
+    return rows

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from .. import keys, merkle, shamir
 from ..aggregation import AggregationResult, Session, session_id, signed_total
 from ..errors import FaultyDealer, LocalProtocolError, RemoteProtocolError, ThresholdNotMet
 from ..graph import Graph, build
-from ..packing import add_packed
-from ..prg import add_masks, word_dtype
+from ..packing import PackedSum
+from ..prg import add_masks
 from ..roster import Roster
 from ..wire import decode, decode_indices, encode, encode_indices, records
 from . import messages as m
@@ -43,7 +42,7 @@ class MaskedServer:
 
     **Guarantees**: ends with the exact sum over `contributors`, or a typed error and no sum. A bad reply changes
     nothing. A bad share is named by the hash its dealer signed, a bad dealer by its commitment or advertised key.
-    Memory for inputs is one vector, however many come. Not promised: detection of a false but in-range input.
+    Memory for inputs is two vectors, however many come. Not promised: detection of a false but in-range input.
     """
 
     def __init__(
@@ -131,7 +130,7 @@ class MaskedServer:
         self._inputs: set[int] = set()
         self._consents: dict[int, bytes] = {}
         self._shares: dict[int, dict[int, bytes]] = {}  # holder → dealer → its one share
-        self._total = np.zeros(self._session.dim, dtype=word_dtype(self._session.bits))
+        self._masked = PackedSum(self._session.dim, self._session.bits)
 
     def _answered(self) -> tuple[int, ...]:
         """Who has answered the current phase validly; a complaint is not an input."""
@@ -233,7 +232,7 @@ class MaskedServer:
             for dealer in accused:
                 self._complaints.setdefault(dealer, set()).add(client)
             return
-        add_packed(self._total, reply.masked, self._session.bits)
+        self._masked.add(reply.masked)
         self._inputs.add(client)
 
     def _send_survivors(self) -> dict[int, bytes]:
@@ -293,8 +292,9 @@ class MaskedServer:
                     shared = key.agree(self._advertisements[survivor][1].mask_key)
                     mask = m.pair_mask_key(shared, self._th, dealer, survivor)
                     (minus if survivor > dealer else plus).append(mask)
-        add_masks(self._total, plus=plus, minus=minus, threads=self._threads)
-        total = signed_total(self._total, self._session, len(self._survivors))
+        words = self._masked.words()
+        add_masks(words, plus=plus, minus=minus, threads=self._threads)
+        total = signed_total(words, self._session, len(self._survivors))
         self._result = AggregationResult(total=total, contributors=self._survivors, dropped=dict(self._dropped))
         self._forget()
         return {}
