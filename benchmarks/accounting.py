@@ -18,13 +18,14 @@ DELTA = 1e-5
 
 BARS = (
     Bar("Skellam samples per second, standard deviation 1e4", at_least=5e6),
-    Bar("Poisson counts per second, mean 1e8, numpy over ChaCha20", at_least=0),
     Bar("share of 1e6 coordinates", at_most=0.5),
     Bar("share of 1e6 coordinates, table not yet built", at_most=2.0),
     Bar("client level, s = 10√d: Skellam / Gaussian ε, worst", at_most=1.03),
     Bar("record level, s = 100√d: Skellam / Gaussian ε, worst", at_most=1.03),
     Bar("ε of 100 sites × 1000 distinct rates, cold", at_most=10.0),
     Bar("ε of 100 sites × 1000 distinct rates, warm", at_most=0.1),
+    Bar("ε of 100 sites × 1000 distinct rates, low ε, cold", at_most=10.0),
+    Bar("ε of 100 sites × 1000 distinct rates, low ε, warm", at_most=0.1),
     Bar("calibrating 100 sites × 5 targets, cold", at_most=10.0),
 )
 

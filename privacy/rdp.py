@@ -195,9 +195,12 @@ def _excess_moments(weights: _Floats, sigma: float, exponents: _Floats) -> _Floa
 
 
 def _skellam(event: Skellam) -> _Floats:
-    """Agarwal, Kairouz and Liu 2021, Theorem 3.5, at integer α, with μ the variance per coordinate:
+    """Agarwal, Kairouz and Liu 2021, "The Skellam Mechanism", at integer α, with μ the variance per coordinate:
 
-    α·Δ₂²/2μ + min{((2α−1)·Δ₂² + 6·Δ₁)/4μ², 3·Δ₁/2μ}
+        α·Δ₂²/2μ + min{((2α−1)·Δ₂² + 6·Δ₁)/4μ², 3·Δ₁/2μ}
+
+    The coordinates are independent, so their divergences add up: this is the bound of one shift, summed. Tests hold it
+    to the exact divergence.
     """
     alpha = _INTEGERS.astype(np.float64)
     mu, l2_squared, l1 = float(event.variance), float(event.l2_squared), float(event.l1)
