@@ -26,7 +26,7 @@ from .federation import Federation, RoundReport
 from .folder import Checkpoint, RunFacts, RunFolder
 from .parameters import load_vector, to_vector
 from .report import render
-from .simulation.consortium import Consortium, open_consortium
+from .simulation.consortium import Consortium, members, open_consortium
 from .site import Schema, build_model, planned_charges
 from .summary import Summary, metrics_line, report_of, summarize
 
@@ -78,9 +78,10 @@ def prepare(config: Config, *, noise_multiplier: float | None = None) -> Prepara
         raise ConfigError(reason)
     data = config.data.load(seed=config.seed)
     cohort_of(config, len(data.sites))
+    parties = members(config, data)
     for outage in config.simulation.outages:
-        if outage.site not in data.sites:
-            raise ConfigError(f"simulation.outages: no site {outage.site!r}; sites are {', '.join(data.sites)}")
+        if outage.site not in parties:
+            raise ConfigError(f"simulation.outages: no site {outage.site!r}; sites are {', '.join(parties)}")
     accountant = Accountant()
     return Preparation(
         config=config,

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from privfed.crypto import degree as graph_degree
 from privfed.crypto.aggregation import COMPLETE_UP_TO, Session, default_colluders, default_parameters, default_threshold
+from privfed.crypto.homomorphic.fields import layout_of
 
 from .config import Config
 from .errors import ConfigError
@@ -46,6 +47,8 @@ def cohort_of(config: Config, n: int) -> Cohort:
         return Cohort(n, 1, 1, 0)
     if settings.kind == "plain":
         cohort = Cohort(n, settings.threshold or 1, settings.minimum_cohort or 1, settings.colluders or 0)
+    elif settings.kind == "homomorphic":
+        cohort = _homomorphic(config, n)
     else:
         cohort = _masked(config, n)
     if cohort.minimum_cohort > n:
@@ -66,6 +69,8 @@ def cohort_of(config: Config, n: int) -> Cohort:
             degree=cohort.degree,
             context=bytes(32),
         )
+        if settings.kind == "homomorphic":
+            layout_of(1, bound=grid_of(config).bound, n=n)
         if cohort.degree is not None:
             graph_degree.check(
                 n,
@@ -108,3 +113,18 @@ def _masked(config: Config, n: int) -> Cohort:
             f"unmask two views of one round; use at least {(n + colluders) // 2 + 1}"
         )
     return Cohort(n, threshold, settings.minimum_cohort or max(3, threshold), colluders)
+
+
+def _homomorphic(config: Config, n: int) -> Cohort:
+    settings = config.aggregation
+    if n < 3:
+        raise ConfigError(
+            f"homomorphic aggregation needs at least 3 sites, there are {n}: the sum of two tells each the other's "
+            "update. Use more sites, or aggregation.kind = 'plain' if the server may see every update"
+        )
+    if settings.threshold is not None or settings.colluders is not None:
+        raise ConfigError(
+            "aggregation.threshold and aggregation.colluders belong to masked aggregation: leave them away, and set "
+            "aggregation.minimum_cohort if another number than 3 sites is the fewest in a released sum"
+        )
+    return Cohort(n, 1, settings.minimum_cohort or 3, 0)

@@ -64,7 +64,11 @@ class Aggregation(Section, frozen=True, forbid_unknown_fields=True, kw_only=True
     """[aggregation]"""
 
     kind: Annotated[
-        str, Meta(pattern="^(masked|plain)$", description='"masked" (the server sees the sum), "plain"')
+        str,
+        Meta(
+            pattern="^(masked|homomorphic|plain)$",
+            description='"masked" (the server sees the sum), "homomorphic" (so too, with a key holder), "plain"',
+        ),
     ] = "masked"
     threshold: Annotated[
         Annotated[int, Meta(ge=2, le=511)] | None,
@@ -77,6 +81,10 @@ class Aggregation(Section, frozen=True, forbid_unknown_fields=True, kw_only=True
     colluders: Annotated[
         Annotated[int, Meta(ge=0, le=100_000)] | None,
         Meta(description="sites that may collude with the server; default 2 threshold − sites − 1"),
+    ] = None
+    key_holder: Annotated[
+        Annotated[str, Meta(min_length=1)] | None,
+        Meta(description="homomorphic: the site that holds the key; default a party of its own, named key-holder"),
     ] = None
     fraction_bits: Annotated[
         int, Meta(ge=0, le=24, description="binary digits after the point of an uploaded value")
@@ -107,8 +115,9 @@ class Outage(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     step: Annotated[
         str,
         Meta(
-            pattern="^(advertise|share|mask|consistency|unmask|evaluate)$",
-            description="advertise, share, mask, consistency, unmask or evaluate",
+            pattern="^(advertise|share|mask|consistency|unmask|key|commit|close|send|deliver|release|evaluate)$",
+            description="advertise, share, mask, consistency or unmask; homomorphic: commit or send, of the key holder "
+            "key, close, deliver or release; evaluate",
         ),
     ] = "advertise"
 

@@ -10,6 +10,8 @@ import torch
 
 from privfed.crypto.aggregation import AggregationResult, AggregationServer, run_round
 from privfed.crypto.errors import AggregationError, FaultyDealer, RemoteProtocolError
+from privfed.crypto.homomorphic.messages import KEY_HOLDER_STEPS
+from privfed.crypto.homomorphic.server import HomomorphicServer
 from privfed.crypto.masking.server import MaskedServer
 from privfed.crypto.plain import PlainServer
 from privfed.crypto.roster import Roster
@@ -22,7 +24,7 @@ from .errors import ConfigError
 from .evaluation import Spread, fraction_hurt, spread
 from .methods import State
 from .parameters import encode
-from .site import grid_of, session_of
+from .site import grid_of, key_holder_of, session_of
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +84,7 @@ class Federation:
     Args:
         config: the run's configuration.
         run: its id.
-        roster: the sites, by index.
+        roster: the sites, by index; with homomorphic aggregation the key holder too.
         engine: carries bytes to them by name.
         noise_multiplier: σ/C, calibrated or given; 0 without a claim.
         state: the server's state to start from.
@@ -108,12 +110,19 @@ class Federation:
         self._roster, self._engine, self._noise_multiplier, self._clock = roster, engine, noise_multiplier, clock
         self._names = {index: member.name for index, member in enumerate(roster.members)}
         self.retired = dict(retired or {})
-        cohort_of(config, len(self._names))
+        try:
+            self._key_holder = key_holder_of(config, roster)
+        except ValueError as error:
+            raise ConfigError(f"aggregation.key_holder: {error}") from None
+        # A key holder that is no site is in the roster, but in no cohort.
+        alone = self._key_holder if config.aggregation.key_holder is None else None
+        self._sites = [index for index in self._names if index != alone]
+        cohort_of(config, len(self._sites))
 
     def rounds(self) -> Iterator[RoundReport]:
         """Run the rounds one by one, until all are done or too few sites are left. The state is current at each."""
         while self.next_round < self.config.rounds:
-            active = tuple(index for index, name in self._names.items() if name not in self.retired)
+            active = tuple(index for index in self._sites if self._names[index] not in self.retired)
             try:
                 cohort = cohort_of(self.config, len(active))
             except ConfigError as error:
@@ -136,6 +145,7 @@ class Federation:
                 noise_multiplier=self._noise_multiplier,
                 config=self.config,
                 roster_version=self._roster.version,
+                key_holder=self._key_holder,
             )
         )
         tally, invited = _Tally(), active
@@ -184,22 +194,24 @@ class Federation:
         server: AggregationServer
         if self.config.aggregation.kind == "plain":
             server = PlainServer(session=session)
+        elif self._key_holder is not None:
+            server = HomomorphicServer(session=session, key_holder=self._key_holder, roster=self._roster)
         else:
             server = MaskedServer(session=session, roster=self._roster)
-        opening = True
+        begun: set[tuple[int, bool]] = set()  # a site that holds the key has two roles, and begins both
 
         def exchange(requests: dict[int, bytes]) -> dict[int, bytes]:
-            nonlocal opening
+            holds_key = server.phase in KEY_HOLDER_STEPS
             messages: dict[int, wire.Request] = {
-                index: wire.Begin(number, server.phase, plan_bytes, state, payload)
-                if opening
-                else wire.Step(number, server.phase, payload)
+                index: wire.Step(number, server.phase, payload)
+                if (index, holds_key) in begun
+                else wire.Begin(number, server.phase, plan_bytes, state, payload)
                 for index, payload in requests.items()
             }
-            opening = False
+            begun.update((index, holds_key) for index in requests)
             answers = self._ask(messages, tally)
             payloads = {index: reply.payload for index, reply in answers.items() if isinstance(reply, wire.Answer)}
-            for index, payload in payloads.items():
+            for index, payload in payloads.items() if not holds_key else ():
                 name = self._names[index]
                 tally.bytes_up[name] = tally.bytes_up.get(name, 0) + len(payload)
             return payloads

@@ -48,7 +48,12 @@ def check_policy(plan: RoundPlan, policy: Policy, *, insecure: bool) -> None:
             raise PolicyRefusal(
                 f"the plan has noise_multiplier = {plan.noise_multiplier:g}, which is not what its configuration claims"
             )
-    if summed and plan.degree is None and 2 * plan.threshold <= n + plan.colluders:
+    if (
+        summed
+        and config.aggregation.kind == "masked"
+        and plan.degree is None
+        and 2 * plan.threshold <= n + plan.colluders
+    ):
         # Below this, two disjoint groups of share holders exist, and a server could unmask two views of one round.
         raise PolicyRefusal(
             f"threshold must be above (cohort + colluders) / 2 = {(n + plan.colluders) / 2:g}, the plan has "

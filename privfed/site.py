@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from privfed.crypto.aggregation import AggregationClient, Session
 from privfed.crypto.errors import AggregationError
+from privfed.crypto.homomorphic.client import HomomorphicClient
 from privfed.crypto.journal import Journal
 from privfed.crypto.masking.client import MaskedClient
 from privfed.crypto.packing import IntVector
@@ -80,6 +81,30 @@ def session_of(plan: wire.RoundPlan, context: bytes, dim: int) -> Session:
         degree=plan.degree,
         context=context,
     )
+
+
+KEY_HOLDER = "key-holder"
+"""The name in the roster of a key holder that is no site."""
+
+
+def needs_key_holder(config: Config) -> bool:
+    """Whether the run encrypts what the sites send."""
+    return config.aggregation.kind == "homomorphic" and config.method.sends
+
+
+def key_holder_of(config: Config, roster: Roster) -> int | None:
+    """The roster index of the party that decrypts, None where nothing is encrypted.
+
+    Raises:
+        ValueError: the roster has no such member.
+    """
+    if not needs_key_holder(config):
+        return None
+    name = config.aggregation.key_holder or KEY_HOLDER
+    for index, member in enumerate(roster.members):
+        if member.name == name:
+            return index
+    raise ValueError(f"homomorphic aggregation needs a key holder; the roster has no member named {name!r}")
 
 
 def grid_of(config: Config) -> FixedPoint:
@@ -301,6 +326,19 @@ class Site:
         if config.aggregation.kind == "plain":
             client: AggregationClient = PlainClient(
                 session=session, index=self._index, vector=vector, journal=self._journal
+            )
+        elif config.aggregation.kind == "homomorphic":
+            # From this site's own roster: who holds the key is not for the plan to say.
+            key_holder = key_holder_of(config, self._roster)
+            if key_holder is None or key_holder != plan.key_holder:
+                raise wire.WireError("the plan names another key holder than this site's roster and the configuration")
+            client = HomomorphicClient(
+                session=session,
+                key_holder=key_holder,
+                identity=self._identity,
+                roster=self._roster,
+                vector=vector,
+                journal=self._journal,
             )
         else:
             client = MaskedClient(

@@ -26,6 +26,7 @@ class RoundPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         noise_multiplier: σ/C of this run; 0 for a run without a claim.
         cohort: roster indices of the invited sites, increasing.
         degree: neighbours of each site in the mask graph; None for all.
+        key_holder: roster index of the party that decrypts in homomorphic aggregation.
     """
 
     run: Annotated[str, Meta(min_length=1, max_length=200)]
@@ -39,6 +40,7 @@ class RoundPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     noise_multiplier: Annotated[float, Meta(ge=0)]
     config: Config
     roster_version: int
+    key_holder: int | None = None
     protocol: Literal["privfed/1"] = PROTOCOL
     code_version: str = __version__
 

@@ -140,6 +140,12 @@ def _aggregation(ready: Preparation) -> str:
         return "plain: the server sees every update"
     spare = cohort.tolerated_dropouts
     dropouts = f"tolerates {spare} dropout{'s' if spare != 1 else ''} a round" if spare else "tolerates no dropout"
+    if config.aggregation.kind == "homomorphic":
+        holder = config.aggregation.key_holder or "a key holder of its own"
+        return (
+            f"homomorphic (heagg/1), key with {holder}: the server sees the sum of at least {n - spare} of {n}, unless "
+            f"the two collude; {dropouts}"
+        )
     return (
         f"masked (secagg/1): the server sees the sum of at least {n - spare} of {n}; "
         f"threshold {cohort.threshold}, {dropouts}"

@@ -5,6 +5,7 @@ from a data dictionary or from medicine, the same for every site, whoever is in 
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Annotated
 
 import msgspec
@@ -44,7 +45,7 @@ class Categorical(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     values: Annotated[tuple[str, ...], Meta(min_length=1, description="the public list of values")]
 
     def __post_init__(self) -> None:
-        spelled = canonical(pd.Series(self.values, dtype=str))
+        spelled = pd.Series(spellings(self.values), dtype=str)
         if spelled.duplicated().any():
             raise ValueError(f"values of column {self.name!r} must differ from each other (1, 1.0 and 01 are the same)")
 
@@ -154,6 +155,12 @@ def canonical(values: "pd.Series[str]") -> "pd.Series[str]":
     whole = number.notna() & (number == number.round()) & (number.abs() < 2**53)
     spelled = text.mask(whole, number.where(whole, 0).astype("int64").astype(str))
     return pd.Series(spelled.array.take(at), index=values.index, name=values.name, dtype=str)
+
+
+@lru_cache(maxsize=1024)
+def spellings(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """The canonical spelling of declared texts. Remembered: every plan that a site decodes declares them again."""
+    return tuple(canonical(pd.Series(texts, dtype=str)))
 
 
 def rows(numbers: NDArray[np.int64]) -> str:

@@ -13,7 +13,19 @@ from numpy.typing import NDArray
 
 from privfed.errors import DataError
 
-from .columns import Categorical, Column, Numeric, canonical, distinct, encode, input_names, is_missing, parse, rows
+from .columns import (
+    Categorical,
+    Column,
+    Numeric,
+    canonical,
+    distinct,
+    encode,
+    input_names,
+    is_missing,
+    parse,
+    rows,
+    spellings,
+)
 from .files import read_frame
 from .records import SiteData, Sites
 
@@ -61,7 +73,7 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             raise ValueError("data.file needs data.site, the column that names the site of a record")
         if len(self.classes) < 2:
             raise ValueError("data.classes must name at least two classes")
-        texts = canonical(pd.Series([text for values in self.classes.values() for text in values], dtype=str))
+        texts = pd.Series(spellings(tuple(text for values in self.classes.values() for text in values)), dtype=str)
         if texts.duplicated().any() or not all(self.classes.values()):
             raise ValueError(
                 "data.classes must give each class its texts, and no text twice (1, 1.0 and 01 are the same)"

@@ -146,6 +146,21 @@ def adversaries(history: History) -> list[Adversary]:
                 Adversary(holders, "That site's update: its mask no longer hides", promise),
                 Adversary("A malicious server, which breaks the protocol", stopped, promise),
             ]
+    elif summary.aggregation.kind == "homomorphic":
+        holder = config.aggregation.key_holder
+        fewest = min((cohort.minimum_cohort for cohort in cohorts), default=None)
+        smallest = f"at least {fewest} of {summary.sites}" if fewest is not None else "the"
+        total = f"Each round, the sum of {smallest} sites' updates"
+        less = f"; {holder} is a site: less its own" if holder else ""
+        rows += [
+            Adversary("A curious server", f"{total}; no single one", promise),
+            Adversary("The key holder", f"{total}{less}; no single one", promise),
+            Adversary("The server and one site", "The sum without that site's own update", promise),
+            Adversary("The server and the key holder together", "Every site's update, every round", promise),
+            Adversary(
+                "A malicious server, which breaks the protocol", "The sum only, unless the key holder helps it", promise
+            ),
+        ]
     elif summary.aggregation.kind == "plain":
         rows += [
             Adversary("A curious server", "Every site's update, every round", promise),

@@ -15,9 +15,10 @@ from privfed.privacy.ledger import Ledger
 from .. import keyring
 from ..config import Config
 from ..data.records import Sites, public_split_key
-from ..engines.local import Engine, LocalEngine
-from ..errors import RunFolderError
-from ..site import Schema, Site
+from ..engines.local import Engine, Handler, LocalEngine
+from ..errors import ConfigError, RunFolderError
+from ..key_holder import KeyHolder, SiteWithKey
+from ..site import KEY_HOLDER, Schema, Site, needs_key_holder
 from .faults import FaultyEngine
 
 
@@ -44,6 +45,7 @@ def open_consortium(
     The same ledger gives the same identities and noise keys again, so that an interrupted run goes on as itself.
 
     Raises:
+        ConfigError: from `members`.
         RunFolderError, PrivacyError: the ledger or its key can not be used.
     """
     key = keyring.ledger_key(ledger)
@@ -53,10 +55,10 @@ def open_consortium(
             secagg_private=keyring.site_key(key, site, "secagg"),
             ledger_private=keyring.site_key(key, site, "ledger"),
         )
-        for site in data.sites
+        for site in members(config, data)
     }
-    members = tuple(identity.member for identity in identities.values())
-    roster = Roster(version=1, previous=FIRST_PREVIOUS, members=members)
+    public = tuple(identity.member for identity in identities.values())
+    roster = Roster(version=1, previous=FIRST_PREVIOUS, members=public)
     seed = config.privacy.insecure_seed
     with Ledger(ledger) as book:
         sites = {
@@ -78,8 +80,34 @@ def open_consortium(
             )
             for name, records in data.sites.items()
         }
-        engine = FaultyEngine(LocalEngine(sites), config.simulation, seed=config.seed)
+        handlers: dict[str, Handler] = dict(sites)
+        if needs_key_holder(config):
+            name = config.aggregation.key_holder or KEY_HOLDER
+            key_holder = KeyHolder(
+                identity=identities[name],
+                roster=roster,
+                journal=_journal(journal, f"{name}, as key holder"),
+                policy=config.policy,
+            )
+            handlers[name] = SiteWithKey(sites[name], key_holder) if name in sites else key_holder
+        engine = FaultyEngine(LocalEngine(handlers), config.simulation, seed=config.seed)
         yield Consortium(sites, roster, engine)
+
+
+def members(config: Config, data: Sites) -> list[str]:
+    """The roster's names: the sites, and after them a key holder of its own where one is needed.
+
+    Raises:
+        ConfigError: the key holder's name is taken by a site, or is that of none.
+    """
+    names, named = list(data.sites), config.aggregation.key_holder
+    if not needs_key_holder(config):
+        return names
+    if named is None and KEY_HOLDER in names:
+        raise ConfigError(f"a site is named {KEY_HOLDER!r}: rename it, or set aggregation.key_holder to a site's name")
+    if named is not None and named not in names:
+        raise ConfigError(f"aggregation.key_holder: no site {named!r}; sites are {', '.join(names)}")
+    return names if named is not None else [*names, KEY_HOLDER]
 
 
 def _journal(path: Path, site: str) -> SQLiteJournal:

@@ -8,6 +8,10 @@ from ..engines.local import Engine
 from ..wire import decode_request
 
 STEPS = ("advertise", "share", "mask", "consistency", "unmask")
+HOMOMORPHIC_STEPS = ("key", "commit", "close", "send", "deliver", "release")
+
+# A site that vanishes by chance does so at one of STEPS, whatever the aggregation; what it then misses of another one.
+_MISSED = {"submission": STEPS, "commit": STEPS[:2], "send": STEPS[:3]}
 
 
 class FaultyEngine:
@@ -42,8 +46,9 @@ class FaultyEngine:
 
 def _reached(outage: str, step: str) -> bool:
     """Whether ``step`` comes at or after the outage's step, within a round's aggregation. Evaluation stands alone."""
-    if step == "submission":  # plain aggregation has this one step
-        return outage in STEPS
-    if outage not in STEPS or step not in STEPS:
-        return outage == step
-    return STEPS.index(step) >= STEPS.index(outage)
+    if outage in STEPS and step in _MISSED:
+        return outage in _MISSED[step]
+    for order in (STEPS, HOMOMORPHIC_STEPS):
+        if outage in order and step in order:
+            return order.index(step) >= order.index(outage)
+    return outage == step

@@ -240,7 +240,7 @@ def test_every_key_is_printed_with_what_it_means() -> None:
         {"privacy": Privacy(delta=math.nan)},
         {"method": Reptile(inner_steps=0)},
         {"name": "../../elsewhere"},
-        {"aggregation": Aggregation(kind="homomorphic")},
+        {"aggregation": Aggregation(kind="shuffled")},
     ],
 )
 def test_a_configuration_built_in_python_is_checked_too(wrong: dict[str, Any]) -> None:
