@@ -356,7 +356,7 @@ class Ledger:
         (application,) = self._connection.execute("PRAGMA application_id").fetchone()
         if application != _APPLICATION_ID:
             raise LedgerCorrupt(self.path, "it is not a privfed ledger")
-        (health,) = self._connection.execute("PRAGMA quick_check(1)").fetchone()
+        (health,) = self._connection.execute("PRAGMA integrity_check(1)").fetchone()
         if health != "ok":
             raise LedgerCorrupt(self.path, f"the database is damaged: {health}")
         self._check_schema()

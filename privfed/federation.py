@@ -125,8 +125,13 @@ class Federation:
             active = tuple(index for index in self._sites if self._names[index] not in self.retired)
             try:
                 cohort = cohort_of(self.config, len(active))
-            except ConfigError as error:
-                logger.warning("the run ends at round %d: %s", self.next_round, error)
+            except ConfigError:
+                logger.warning(
+                    "the run ends before round %d: %d of %d sites are left, too few for a sum",
+                    self.next_round + 1,
+                    len(active),
+                    len(self._names),
+                )
                 return
             yield self._round(self.next_round, active, cohort)
 
@@ -252,7 +257,7 @@ class Federation:
                 tally.refused.setdefault(name, reply.reason)
                 if reply.final:
                     self.retired[name] = reply.reason
-                logger.warning("%s refuses: %s", name, reply.reason)
+                logger.info("%s refuses: %s", name, reply.reason)
             else:
                 replies[index] = reply
         return replies

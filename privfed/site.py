@@ -275,7 +275,8 @@ class Site:
         except PolicyRefusal as error:
             reply = wire.Refusal("policy", str(error), final=True)
         except BudgetExhausted as error:
-            reply = wire.Refusal("budget", str(error), final=True)
+            reason = f"{error} (its limit is policy.max_epsilon, else privacy.target_epsilon)"
+            reply = wire.Refusal("budget", reason, final=True)
         except NoGuarantee as error:
             reply = wire.Refusal("policy", str(error), final=True)
         except (AggregationError, wire.WireError) as error:

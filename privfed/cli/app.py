@@ -43,9 +43,9 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except typer.Abort:
-        code = _say("interrupted", 130)
+        code = 130
     except KeyboardInterrupt:
-        code = _say("interrupted; what was spent stands in the ledger", 130)
+        code = 130
     except TyperException as error:  # typer brings its own copy of click: click's exceptions are never raised
         code = _say(error.format_message(), BAD_USAGE)
     except BrokenPipeError:
@@ -55,6 +55,8 @@ def main() -> None:
         if known is None:
             raise
         code = _say(str(error), known)
+    if code == 130:  # typer swallows the interrupt itself
+        _say("interrupted; what was spent stands in the ledger: go on with privfed run --resume FOLDER", 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 

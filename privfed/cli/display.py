@@ -106,7 +106,7 @@ class Display:
         self._console.print(_verdict(summary))
         for site, reason in summary.refusals.items():
             self._console.print(f"  {site}: {reason}")
-        self._console.print(f"run folder: {result.folder}")
+        self._console.print(f"run folder: {result.folder} (open report.html in it: it also explains every word)")
 
     def _picture(self) -> Group:
         table = Table(box=None, pad_edge=False, header_style="bold")

@@ -4,7 +4,9 @@ Rows are named by number and counts are given, never a value of a column that co
 to be pasted into a mail.
 """
 
+import re
 from dataclasses import dataclass, field
+from pathlib import PurePath
 
 import numpy as np
 import pandas as pd
@@ -72,7 +74,9 @@ def check(file: str, *, label: str | None, site: str | None, maximum_rows: int =
     label = label or _guess(frame, ("label", "outcome", "target", "y", "class", "diagnosis"))
     site = site or _guess(frame, ("site", "hospital", "center", "centre", "clinic", "hospnum"))
     result = Check(len(frame))
-    lines = ["[data]", 'source = "csv"', f"file = {_quoted(file)}"]
+    # The name heads the report: not the embedded example's
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", PurePath(file).name.split(".")[0])[:64].strip("-") or "my-run"
+    lines = [f"name = {_quoted(name)}", "", "[data]", 'source = "csv"', f"file = {_quoted(file)}"]
     lines += [f"separator = {_quoted(separator)}"] if separator != "," else []
     decimal = _decimal_of(frame)
     lines += [f"decimal = {_quoted(decimal)}"] if decimal != "." else []
