@@ -26,10 +26,10 @@ from privfed.crypto.journal import MemoryJournal
 from privfed.crypto.keys import MemoisedVerify, Verify, verify
 from privfed.crypto.masking.client import MaskedClient
 from privfed.crypto.masking.server import MaskedServer
-from privfed.crypto.packing import IntVector, PackedSum, pack
+from privfed.crypto.packing import IntVector, add_packed, pack
 from privfed.crypto.packing import decode as to_signed
 from privfed.crypto.packing import encode as to_residues
-from privfed.crypto.prg import add_masks
+from privfed.crypto.prg import add_masks, word_dtype
 from privfed.crypto.roster import FIRST_PREVIOUS, Identity, Roster
 
 BOUND = 1 << 21  # 22-bit values, as fine as Flower's default quantization
@@ -132,12 +132,12 @@ def packing(report: Report, *, dim: int, repeats: int) -> None:
         values = np.random.default_rng(0).integers(-bound, bound, dim)
         words = to_residues(values, dim=dim, bound=bound, bits=bits)
         data = pack(words, bits)
-        total = PackedSum(dim, bits)
+        total = np.zeros(dim, dtype=word_dtype(bits))
         times = interleaved(
             {
                 "encode": partial(to_residues, values, dim=dim, bound=bound, bits=bits),
                 "pack": partial(pack, words, bits),
-                "unpack and add": partial(total.add, data),
+                "unpack and add": partial(add_packed, total, data, bits),
                 "decode": partial(to_signed, words, bits),
             },
             repeats=repeats,

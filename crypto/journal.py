@@ -189,10 +189,10 @@ class Answers:
         """The identical bytes again for an identical retransmission of the last message, else None."""
         return self._last[1] if self._last is not None and self._last[0] == sha256(message).digest() else None
 
-    def record(self, step: str, message: bytes, reply: bytes, signature: bytes | None = None) -> bytes:
-        """The reply, once the journal holds its digest: of its own signature over all of it where it has one."""
+    def record(self, step: str, message: bytes, reply: bytes, fingerprint: bytes | None = None) -> bytes:
+        """The reply, once the journal holds its digest, or that of a fingerprint no other reply of the step has."""
         request_digest = sha256(message).digest()
-        self._journal.answer(self._sid, step, request_digest, sha256(signature or reply).digest())
+        self._journal.answer(self._sid, step, request_digest, sha256(fingerprint or reply).digest())
         self._last = (request_digest, reply)
         return reply
 

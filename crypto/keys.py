@@ -1,7 +1,7 @@
-"""X25519, HKDF-SHA256, ChaCha20-Poly1305 and Ed25519 in the one way this layer uses each.
+"""X25519, HKDF-SHA256, ChaCha20-Poly1305, Poly1305 and Ed25519 in the one way this layer uses each.
 
 Keys are raw bytes: 32 for every key, 64 for a signature.
-Sources: RFC 7748 §5 and §6.1, RFC 5869, RFC 8439 §2.8, RFC 8032 §5.1.
+Sources: RFC 7748 §5 and §6.1, RFC 5869, RFC 8439 §2.5 and §2.8, RFC 8032 §5.1.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.hazmat.primitives.poly1305 import Poly1305
 
 from .digest import digest
 from .errors import RemoteProtocolError
@@ -68,6 +69,28 @@ def open_sealed(key: bytes, box: bytes, *, bound_to: bytes) -> bytes:
         return ChaCha20Poly1305(key).decrypt(_NONCE, box, bound_to)
     except InvalidTag:
         raise RemoteProtocolError("a sealed box does not open") from None
+
+
+def one_time_tag(key: bytes, data: bytes | memoryview) -> bytes:
+    """Poly1305 (RFC 8439 §2.5), four times as fast here as SHA-256: for keys that tag exactly one message.
+
+    **Guarantees**: whoever does not know the key finds the tag of another message of up to L bytes, or two messages
+    chosen without it share a tag, with probability at most 8⌈L/16⌉/2^106 (Bernstein 2005): below 2^-74 up to 8 GB.
+    Whoever knows the key can forge: it convinces its holders and nobody else.
+    """
+    return Poly1305.generate_tag(key, data)
+
+
+def check_one_time_tag(key: bytes, tag: bytes, data: bytes | memoryview) -> None:
+    """Returns only if the tag is that of `one_time_tag`; compared in constant time.
+
+    Raises:
+        RemoteProtocolError: wrong key, tag or data.
+    """
+    try:
+        Poly1305.verify_tag(key, data, tag)
+    except InvalidSignature:
+        raise RemoteProtocolError("a tag does not verify") from None
 
 
 def verification_key(private: bytes) -> bytes:

@@ -88,7 +88,7 @@ def pack(words: Words, bits: int) -> bytes:
     columns = -(-len(words) // period)
     packed = np.zeros((lanes, columns), dtype=words.dtype)
     mask = words.dtype.type((1 << bits) - 1)
-    low, part = np.empty(_COLUMNS, dtype=words.dtype), np.empty(_COLUMNS, dtype=words.dtype)
+    low, part = (np.empty(min(columns, _COLUMNS), dtype=words.dtype) for _ in range(2))
     for start in range(0, columns, _COLUMNS):
         for position, row in _rows(words, columns, start):
             lane, shift = divmod(position * bits, width)
@@ -105,60 +105,30 @@ def pack(words: Words, bits: int) -> bytes:
     return packed.tobytes()
 
 
-class PackedSum:
-    """Σ of packed vectors modulo 2^bits, unpacked once at the end rather than once for each of them.
+def add_packed(total: Words, data: bytes | memoryview, bits: int) -> None:
+    """total += the words of `pack`, modulo 2^bits: bits of `total` above the lowest `bits` mean nothing afterwards.
 
-    Two sums are kept: of the lanes as they come, and for each word position of what is left of its first lane once the
-    bits below the word are shifted out. A word is its own low bits and, where it reaches into the next lane, that
-    lane's low bits above them. So its sum is the sum of the one plus the sum of the next lanes shifted up: shifting up
-    commutes with addition modulo 2^L, and everything else in either reaches only bits above the word's own.
-
-    **Guarantees**: `words` is exact modulo 2^bits for any number of vectors. Memory is less than two vectors.
+    Raises:
+        RemoteProtocolError: wrong length, or padding that is not zero (two encodings of one vector). `total` is
+            unchanged then.
     """
-
-    def __init__(self, dim: int, bits: int) -> None:
-        self._dim, self._bits = dim, bits
-        period, lanes, width = _period(bits)
-        columns = -(-dim // period)
-        self._lanes = np.zeros((lanes, columns), dtype=word_dtype(bits))
-        self._firsts = np.zeros((period, columns), dtype=word_dtype(bits)) if period > 1 else self._lanes
-        self._scratch = np.empty(min(columns, _COLUMNS), dtype=word_dtype(bits))
-        # For each lane, the positions of the words that begin inside it, with the bits below them.
-        self._inside: list[list[tuple[int, np.unsignedinteger[Any]]]] = [[] for _ in range(lanes)]
-        for position in range(period):
+    rows, width = _check_packed(data, len(total), bits)
+    columns, word = rows.shape[1], total.dtype.type
+    part = np.empty(min(columns, _COLUMNS), dtype=total.dtype)
+    for start in range(0, columns, _COLUMNS):
+        for position, row in _rows(total, columns, start):
             lane, shift = divmod(position * bits, width)
-            if shift:
-                self._inside[lane].append((position, self._lanes.dtype.type(shift)))
-
-    def add(self, data: bytes | memoryview) -> None:
-        """Adds the words of `pack`.
-
-        Raises:
-            RemoteProtocolError: wrong length, or padding that is not zero (two encodings of one vector). The sum is
-                unchanged then.
-        """
-        rows = _check_packed(data, self._dim, self._bits)
-        for start in range(0, rows.shape[1], _COLUMNS):
-            for lane, inside in enumerate(self._inside):
-                given, total = rows[lane, start : start + _COLUMNS], self._lanes[lane, start : start + _COLUMNS]
-                np.add(total, given, total)
-                part = self._scratch[: len(given)]
-                for position, shift in inside:
-                    np.right_shift(given, shift, part)
-                    total = self._firsts[position, start : start + _COLUMNS]
-                    np.add(total, part, total)
-
-    def words(self) -> Words:
-        """uint16[dim] or uint32[dim]: the sum; only the low `bits` bits of a word count. Ends the sum."""
-        period, _, width = _period(self._bits)
-        word = self._lanes.dtype.type
-        for position in range(period) if period > 1 else ():
-            lane, shift = divmod(position * self._bits, width)
+            at = slice(start, start + len(row))
             if shift == 0:
-                self._firsts[position] = self._lanes[lane]
-            elif shift + self._bits > width:
-                self._firsts[position] += self._lanes[lane + 1] << word(width - shift)
-        return self._firsts.reshape(-1)[: self._dim]
+                np.add(row, rows[lane, at], row)
+                continue
+            # Neighbours in the lane stay above the word's own bits, where they cannot reach down.
+            low = part[: len(row)]
+            np.right_shift(rows[lane, at], word(shift), low)
+            np.add(row, low, row)
+            if shift + bits > width:
+                np.left_shift(rows[lane + 1, at], word(width - shift), low)
+                np.add(row, low, row)
 
 
 def unpack(data: bytes | memoryview, *, dim: int, bits: int) -> Words:
@@ -167,9 +137,8 @@ def unpack(data: bytes | memoryview, *, dim: int, bits: int) -> Words:
     Raises:
         RemoteProtocolError: wrong length, or padding that is not zero (two encodings of one vector).
     """
-    packed = PackedSum(dim, bits)
-    packed.add(data)
-    words = packed.words()
+    words = np.zeros(dim, dtype=word_dtype(bits))
+    add_packed(words, data, bits)
     words &= words.dtype.type((1 << bits) - 1)
     return words
 
@@ -182,8 +151,8 @@ def _rows(words: Words, columns: int, start: int) -> Iterator[tuple[int, Words]]
             yield position, row
 
 
-def _check_packed(data: bytes | memoryview, dim: int, bits: int) -> Words:
-    """The lanes of a packed vector that has one form only."""
+def _check_packed(data: bytes | memoryview, dim: int, bits: int) -> tuple[Words, int]:
+    """The lanes and their width of a packed vector that has one form only."""
     if len(data) != packed_bytes(dim, bits):
         raise RemoteProtocolError(f"a packed vector must have {packed_bytes(dim, bits)} bytes, got {len(data)}")
     period, lanes, width = _period(bits)
@@ -197,4 +166,4 @@ def _check_packed(data: bytes | memoryview, dim: int, bits: int) -> Words:
             value |= int(rows[lane + 1, column]) << (width - shift)
         if value & ((1 << bits) - 1):
             raise RemoteProtocolError("a packed vector has padding that is not zero")
-    return rows
+    return rows, width

@@ -95,8 +95,7 @@ class MaskedClient:
             raise RemoteProtocolError("the server is in another session: its plan, model, roster or round differs")
         try:
             answer = step(received)
-            # A long reply is hashed once, for its signature, and not again for the journal.
-            reply = self._answers.record(self.phase, message, encode(answer), getattr(answer, "signature", None))
+            reply = self._answers.record(self.phase, message, encode(answer), self._fingerprint(answer))
             # A complaint voids the attempt: nothing of it may be answered any more.
             following = m.DONE if self._complained else m.FOLLOWS[self.phase]
             if following == m.DONE:
@@ -114,15 +113,15 @@ class MaskedClient:
 
     def _forget(self) -> None:
         """Drops everything secret; also what a machine holds before it starts."""
-        self._seed = self._self_mask = self._th = b""
+        self._seed = self._self_mask = self._th = self._input_secret = b""
         self._advertisement = self._dealers_bytes = self._survivors_bytes = self._consent_signature = b""
         self._keys: dict[str, keys.ExchangeKey] = {}
         self._graph = Graph((), None)
         self._dealers: tuple[int, ...] = ()
         self._survivors: tuple[int, ...] = ()
         self._mask_keys: dict[int, bytes] = {}  # neighbour → its public keys
-        self._box_keys: dict[int, bytes] = {}
-        self._box_secrets: dict[int, bytes] = {}  # neighbour → what both directions' box keys come from
+        self._box_public: dict[int, bytes] = {}
+        self._box_keys: dict[int, dict[int, bytes]] = {}  # neighbour → dealer of the two → key of its box
         self._held: dict[int, tuple[bytes, bytes]] = {}  # dealer → its b-share and its mask-key share
 
     def _advertise(self, request: m.Start) -> m.Advertise:
@@ -145,13 +144,14 @@ class MaskedClient:
             member: self._check_advertisement(member, advertisement)
             for member, advertisement in zip(members, advertisements, strict=True)
         }
-        if len({key for pair in advertised.values() for key in pair}) != 2 * len(members):
+        if len({request.server_key, *(key for pair in advertised.values() for key in pair)}) != 2 * len(members) + 1:
             raise RemoteProtocolError("two of the advertised keys are the same")
-        self._th = m.transcript(self._sid, members, advertisements)
+        self._input_secret = self._keys["box key"].agree(request.server_key)
+        self._th = m.transcript(self._sid, request.server_key, members, advertisements)
         self._graph = build(members, degree=self._session.degree, th=self._th)
         holders = self._graph.neighbours(self._index)
         self._mask_keys = {holder: advertised[holder][0] for holder in holders}
-        self._box_keys = {holder: advertised[holder][1] for holder in holders}
+        self._box_public = {holder: advertised[holder][1] for holder in holders}
 
         # 2. Two secrets, split among the neighbours; one box for each but this client itself.
         self._self_mask = self._entropy("self mask")(shamir.SECRET_BYTES)
@@ -191,7 +191,7 @@ class MaskedClient:
                 complaints.append(dealer)
         if complaints:
             self._complained = True
-            return self._masked_input(b"", encode_indices(tuple(sorted(complaints))))
+            return self._complain(encode_indices(tuple(sorted(complaints))))
         if len(self._held) < self._session.threshold:
             raise RemoteProtocolError("fewer shares than the threshold were delivered")
 
@@ -210,7 +210,9 @@ class MaskedClient:
             minus=[key for other, key in pair_keys.items() if self._index < other],
             threads=self._threads,
         )
-        return self._masked_input(pack(words, session.bits), b"")
+        masked = memoryview(pack(words, session.bits))
+        key = m.input_key(self._input_secret, self._th, self._index, request.dealers)
+        return m.MaskedInput(sid=self._sid, masked=masked, complaints=b"", proof=keys.one_time_tag(key, masked))
 
     def _consent(self, request: m.Survivors) -> m.Consent:
         survivors = self._subset(request.survivors, of=self._dealers, what="survivors")
@@ -282,20 +284,21 @@ class MaskedClient:
         )
 
     def _seal(self, holder: int, pair: bytes, hashes: bytes, commitment: bytes) -> bytes:
-        key = m.box_key(self._box_secret(holder), self._th, self._index, holder)
+        key = self._box_key(self._index, holder)
         context = m.box_context(self._sid, self._th, self._index, holder, hashes, commitment)
         return keys.seal(key, pair, bound_to=context)
 
-    def _box_secret(self, other: int) -> bytes:
-        """Agreed once, for the box to the other and the box from it."""
-        if other not in self._box_secrets:
-            self._box_secrets[other] = self._keys["box key"].agree(self._box_keys[other])
-        return self._box_secrets[other]
+    def _box_key(self, dealer: int, other: int) -> bytes:
+        """The key of the dealer's box, agreed once with the other for the box to it and the box from it."""
+        if other not in self._box_keys:
+            secret = self._keys["box key"].agree(self._box_public[other])
+            self._box_keys[other] = m.box_keys(secret, self._th, self._index, other)
+        return self._box_keys[other][dealer]
 
     def _open(self, dealer: int, dealing: bytes) -> tuple[bytes, bytes]:
         """The shares in a dealing. Raises RemoteProtocolError if they are not those their dealer states."""
         commitment, _, hashes, _, box = m.split_dealing(dealing)
-        key = m.box_key(self._box_secret(dealer), self._th, dealer, self._index)
+        key = self._box_key(dealer, dealer)
         context = m.box_context(self._sid, self._th, dealer, self._index, hashes, commitment)
         pair = keys.open_sealed(key, box, bound_to=context)
         if self._hash_pair(dealer, self._index, pair) != hashes:
@@ -309,9 +312,19 @@ class MaskedClient:
         statement = m.deal_statement(self._sid, self._th, dealer, commitment, root)
         self._verify(self._roster.members[dealer].secagg_key, signature, statement)
 
-    def _masked_input(self, masked: bytes, complaints: bytes) -> m.MaskedInput:
-        statement = m.masked_statement(self._sid, self._th, self._index, self._dealers_bytes, masked, complaints)
-        return m.MaskedInput(sid=self._sid, masked=masked, complaints=complaints, signature=self._sign(statement))
+    def _complain(self, complaints: bytes) -> m.MaskedInput:
+        proof = self._sign(m.complaint_statement(self._sid, self._th, self._index, self._dealers_bytes, complaints))
+        return m.MaskedInput(sid=self._sid, masked=memoryview(b""), complaints=complaints, proof=proof)
+
+    def _fingerprint(self, answer: msgspec.Struct) -> bytes | None:
+        """What the journal keeps for a reply: its signature over all of it, or a tag where SHA-256 would take long.
+
+        The tag of a masked input for the journal is under a key from the session's seed, which the server, that
+        shares the key of the proof, does not know: nobody can aim at two vectors with one tag.
+        """
+        if isinstance(answer, m.MaskedInput) and answer.masked:
+            return keys.one_time_tag(self._entropy("journal")(keys.KEY_BYTES), answer.masked) + answer.proof
+        return answer.proof if isinstance(answer, m.MaskedInput) else getattr(answer, "signature", None)
 
     def _view(self) -> bytes:
         return m.consent_statement(self._sid, self._th, self._dealers_bytes, self._survivors_bytes)

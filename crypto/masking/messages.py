@@ -41,9 +41,10 @@ class Advertise(msgspec.Struct, frozen=True, array_like=True, tag="secagg/1 adve
 
 
 class Members(msgspec.Struct, frozen=True, array_like=True, tag="secagg/1 members", forbid_unknown_fields=True):
-    """R1, server → client: U1 and its advertisements, in index order, as received."""
+    """R1, server → client: the server's own X25519 key; U1 and its advertisements, in index order, as received."""
 
     sid: bytes
+    server_key: bytes
     members: bytes
     advertisements: bytes
 
@@ -67,12 +68,15 @@ class Delivery(msgspec.Struct, frozen=True, array_like=True, tag="secagg/1 deliv
 
 
 class MaskedInput(msgspec.Struct, frozen=True, array_like=True, tag="secagg/1 masked", forbid_unknown_fields=True):
-    """R2, client → server: the masked vector, packed; or no vector and the dealers whose shares are faulty."""
+    """R2, client → server: the masked vector, packed; or no vector and the dealers whose shares are faulty.
+
+    The proof is a one-time tag of the vector, or a signature over the complaints. See `input_key`.
+    """
 
     sid: bytes
-    masked: bytes
+    masked: memoryview  # of the message itself: model-sized, and not copied
     complaints: bytes
-    signature: bytes
+    proof: bytes
 
 
 class Survivors(msgspec.Struct, frozen=True, array_like=True, tag="secagg/1 survivors", forbid_unknown_fields=True):
@@ -170,9 +174,9 @@ def fixed(index: int) -> bytes:
     return index.to_bytes(4, "big")
 
 
-def transcript(sid: bytes, members: tuple[int, ...], advertisements: list[bytes]) -> bytes:
-    """th: binds all that follows to exactly these advertisements."""
-    return digest("secagg/1/transcript", sid, encode_indices(members), *advertisements)
+def transcript(sid: bytes, server_key: bytes, members: tuple[int, ...], advertisements: list[bytes]) -> bytes:
+    """th: binds all that follows to exactly this key of the server and these advertisements."""
+    return digest("secagg/1/transcript", sid, server_key, encode_indices(members), *advertisements)
 
 
 def advertise_statement(sid: bytes, client: int, mask_key: bytes, box_key: bytes) -> bytes:
@@ -185,11 +189,9 @@ def deal_statement(sid: bytes, th: bytes, dealer: int, commitment: bytes, root: 
     return digest("secagg/1/deal", sid, th, fixed(dealer), commitment, root)
 
 
-def masked_statement(sid: bytes, th: bytes, client: int, dealers: bytes, masked: bytes, complaints: bytes) -> bytes:
-    """What R2 signs."""
-    return digest(
-        "secagg/1/masked", sid, th, fixed(client), digest("secagg/1/u2", dealers), digest("y", masked), complaints
-    )
+def complaint_statement(sid: bytes, th: bytes, client: int, dealers: bytes, complaints: bytes) -> bytes:
+    """What R2 signs instead of sending an input: an accusation must convince others than the server."""
+    return digest("secagg/1/complaint", sid, th, fixed(client), digest("secagg/1/u2", dealers), complaints)
 
 
 def consent_statement(sid: bytes, th: bytes, dealers: bytes, survivors: bytes) -> bytes:
@@ -215,9 +217,11 @@ def leaf(hash_pair: bytes, box: bytes) -> bytes:
 SELF_MASK, MASK_KEY = b"self mask", b"mask key"
 
 
-def box_key(secret: bytes, th: bytes, dealer: int, holder: int) -> bytes:
-    """Directional: a box reflected to its dealer does not open."""
-    return keys.derive(secret, salt=th, info=b"secagg/1/enc" + fixed(dealer) + fixed(holder))
+def box_keys(secret: bytes, th: bytes, one: int, other: int) -> dict[int, bytes]:
+    """Dealer → the key of its box for the other of the pair: directional, so that a reflected box does not open."""
+    low, high = min(one, other), max(one, other)
+    both = keys.derive(secret, salt=th, info=b"secagg/1/enc" + fixed(low) + fixed(high), size=2 * keys.KEY_BYTES)
+    return {low: both[: keys.KEY_BYTES], high: both[keys.KEY_BYTES :]}
 
 
 def box_context(sid: bytes, th: bytes, dealer: int, holder: int, hashes: bytes, commitment: bytes) -> bytes:
@@ -228,6 +232,21 @@ def box_context(sid: bytes, th: bytes, dealer: int, holder: int, hashes: bytes, 
 def pair_mask_key(secret: bytes, th: bytes, one: int, other: int) -> bytes:
     """The PRG key a pair shares; the same from both ends."""
     return keys.derive(secret, salt=th, info=b"secagg/1/mask" + fixed(min(one, other)) + fixed(max(one, other)))
+
+
+def input_key(secret: bytes, th: bytes, client: int, dealers: bytes) -> bytes:
+    """The key of the one tag over a client's masked input; `secret` is X25519 of its box key and the server's key.
+
+    **Guarantees**, as the signature over SHA-256(y) did that it stands for: only the client and this server machine
+    can make the machine accept a y for the client, and only under this sid, th and U2. The box key is the client's by
+    its signed advertisement. The server's key is the one the client used by th, which its `Deal` signs: with a key
+    put in between, the server refuses that signature. U2 and the index are in the derivation, and a client tags one
+    vector in a session (its journal), so a key tags one message. A box key may meet the server's key and other
+    clients' keys: the derivations have different labels, and no box key is ever recovered from shares. Not promised:
+    that the server could prove to anyone else what a client sent. Nothing asks it to; blame rests on signed hashes.
+    """
+    info = b"secagg/1/input" + fixed(client) + digest("secagg/1/u2", dealers)
+    return keys.derive(secret, salt=th, info=info)
 
 
 def self_mask_key(seed: bytes, th: bytes) -> bytes:

@@ -1,17 +1,19 @@
 """The server of `secagg/1`: relays keys and sealed shares, adds masked inputs as they come, removes the masks last."""
 
+import secrets
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from .. import keys, merkle, shamir
 from ..aggregation import AggregationResult, Session, session_id, signed_total
 from ..errors import FaultyDealer, LocalProtocolError, RemoteProtocolError, ThresholdNotMet
 from ..graph import Graph, build
-from ..packing import PackedSum
-from ..prg import add_masks
+from ..packing import add_packed
+from ..prg import Entropy, add_masks, word_dtype
 from ..roster import Roster
 from ..wire import decode, decode_indices, encode, encode_indices, records
 from . import messages as m
@@ -36,17 +38,24 @@ class MaskedServer:
         roster: public keys of the clients.
         threads: coefficient ranges unmasked at once; above 1 pays only where cores are idle.
         verify: checks signatures; another than the default only where one process plays all clients.
+        entropy: system entropy; a test may inject its own.
 
     Raises:
         ValueError: a session in which masks would protect nobody.
 
     **Guarantees**: ends with the exact sum over `contributors`, or a typed error and no sum. A bad reply changes
     nothing. A bad share is named by the hash its dealer signed, a bad dealer by its commitment or advertised key.
-    Memory for inputs is two vectors, however many come. Not promised: detection of a false but in-range input.
+    Memory for inputs is one vector, however many come. Not promised: detection of a false but in-range input.
     """
 
     def __init__(
-        self, *, session: Session, roster: Roster, threads: int = 1, verify: keys.Verify = keys.verify
+        self,
+        *,
+        session: Session,
+        roster: Roster,
+        threads: int = 1,
+        verify: keys.Verify = keys.verify,
+        entropy: Entropy = secrets.token_bytes,
     ) -> None:
         m.check_session(session, roster)
         self.phase = "ready"
@@ -54,8 +63,7 @@ class MaskedServer:
         self._session, self._roster = session, roster
         self._sid = session_id(session, roster.hash)
         self._threads, self._verify_signature = threads, verify
-        # Any private key shows a public one of low order: it gives zero with all of them (RFC 7748 §6.1).
-        self._probe = keys.ExchangeKey(b"\1" * keys.KEY_BYTES)
+        self._key = keys.ExchangeKey(entropy(keys.KEY_BYTES))  # of this attempt, for authentication only; see `messages.input_key`
         self._most = m.largest_message(session)
         self._steps: dict[
             str, tuple[type[msgspec.Struct], Callable[[int, Any, bytes], None], Callable[[], dict[int, bytes]]]
@@ -122,6 +130,7 @@ class MaskedServer:
         self._th = self._dealers_bytes = self._view = b""
         self._advertisements: dict[int, tuple[bytes, m.Advertise]] = {}
         self._advertised: set[bytes] = set()
+        self._input_secrets: dict[int, bytes] = {}  # client → what the key of its input's tag comes from
         self._graph = Graph((), None)
         self._deals: dict[int, _Dealing] = {}
         self._dealers: tuple[int, ...] = ()
@@ -130,7 +139,7 @@ class MaskedServer:
         self._inputs: set[int] = set()
         self._consents: dict[int, bytes] = {}
         self._shares: dict[int, dict[int, bytes]] = {}  # holder → dealer → its one share
-        self._masked = PackedSum(self._session.dim, self._session.bits)
+        self._total = np.zeros(self._session.dim, dtype=word_dtype(self._session.bits))
 
     def _answered(self) -> tuple[int, ...]:
         """Who has answered the current phase validly; a complaint is not an input."""
@@ -161,17 +170,23 @@ class MaskedServer:
         offered = (reply.mask_key, reply.box_key)
         if reply.mask_key == reply.box_key or not self._advertised.isdisjoint(offered):
             raise RemoteProtocolError(f"client {client} advertised a key that is taken")
-        for key in offered:
-            self._probe.agree(key)
+        # Any private key shows a public one of low order: it gives zero with all of them (RFC 7748 §6.1).
+        self._key.agree(reply.mask_key)
+        self._input_secrets[client] = self._key.agree(reply.box_key)
         self._advertisements[client] = (message, reply)
         self._advertised.update(offered)
 
     def _send_members(self) -> dict[int, bytes]:
         members = self._answered()
         received = [self._advertisements[member][0] for member in members]
-        self._th = m.transcript(self._sid, members, received)
+        self._th = m.transcript(self._sid, self._key.public, members, received)
         self._graph = build(members, degree=self._session.degree, th=self._th)
-        request = m.Members(sid=self._sid, members=encode_indices(members), advertisements=b"".join(received))
+        request = m.Members(
+            sid=self._sid,
+            server_key=self._key.public,
+            members=encode_indices(members),
+            advertisements=b"".join(received),
+        )
         return dict.fromkeys(members, encode(request))
 
     def _take_deal(self, client: int, reply: m.Deal, message: bytes) -> None:
@@ -222,9 +237,9 @@ class MaskedServer:
         )
 
     def _take_masked_input(self, client: int, reply: m.MaskedInput, message: bytes) -> None:
-        statement = m.masked_statement(self._sid, self._th, client, self._dealers_bytes, reply.masked, reply.complaints)
-        self._verify(client, reply.signature, statement)
         if reply.complaints:
+            statement = m.complaint_statement(self._sid, self._th, client, self._dealers_bytes, reply.complaints)
+            self._verify(client, reply.proof, statement)
             accused = decode_indices(reply.complaints)
             possible = (set(self._graph.neighbours(client)) & set(self._dealers)) - {client}
             if reply.masked or not possible.issuperset(accused):
@@ -232,7 +247,9 @@ class MaskedServer:
             for dealer in accused:
                 self._complaints.setdefault(dealer, set()).add(client)
             return
-        self._masked.add(reply.masked)
+        key = m.input_key(self._input_secrets[client], self._th, client, self._dealers_bytes)
+        keys.check_one_time_tag(key, reply.proof, reply.masked)
+        add_packed(self._total, reply.masked, self._session.bits)
         self._inputs.add(client)
 
     def _send_survivors(self) -> dict[int, bytes]:
@@ -292,9 +309,8 @@ class MaskedServer:
                     shared = key.agree(self._advertisements[survivor][1].mask_key)
                     mask = m.pair_mask_key(shared, self._th, dealer, survivor)
                     (minus if survivor > dealer else plus).append(mask)
-        words = self._masked.words()
-        add_masks(words, plus=plus, minus=minus, threads=self._threads)
-        total = signed_total(words, self._session, len(self._survivors))
+        add_masks(self._total, plus=plus, minus=minus, threads=self._threads)
+        total = signed_total(self._total, self._session, len(self._survivors))
         self._result = AggregationResult(total=total, contributors=self._survivors, dropped=dict(self._dropped))
         self._forget()
         return {}

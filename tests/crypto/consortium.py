@@ -79,7 +79,7 @@ def masked_client(
 
 
 def masked_round(session: Session, inputs: Mapping[int, IntVector]) -> tuple[MaskedServer, dict[int, MaskedClient]]:
-    return MaskedServer(session=session, roster=ROSTER), {
+    return MaskedServer(session=session, roster=ROSTER, entropy=stream("server")), {
         i: masked_client(session, i, vector) for i, vector in inputs.items()
     }
 

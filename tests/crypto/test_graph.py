@@ -217,9 +217,9 @@ def test_an_accusation_of_a_stranger_is_refused() -> None:
     strangers = set(range(12)) - set(server._graph.neighbours(0))
     for accused in ((min(strangers),), (0,)):
         complaints = encode_indices(accused)
-        statement = m.masked_statement(delivery.sid, server._th, 0, delivery.dealers, b"", complaints)
+        statement = m.complaint_statement(delivery.sid, server._th, 0, delivery.dealers, complaints)
         signature = keys.sign(IDENTITIES[0].secagg_private, statement)
-        forged = m.MaskedInput(sid=delivery.sid, masked=b"", complaints=complaints, signature=signature)
+        forged = m.MaskedInput(sid=delivery.sid, masked=memoryview(b""), complaints=complaints, proof=signature)
         with pytest.raises(RemoteProtocolError, match="no honest client"):
             server.receive(0, encode(forged))
 

@@ -6,6 +6,7 @@ import sys
 from hashlib import sha256
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -43,7 +44,7 @@ def client_before(phase: str, index: int = 0) -> MaskedClient:
 
 
 def server_before(phase: str) -> MaskedServer:
-    server = MaskedServer(session=SESSION, roster=ROSTER)
+    server, _ = masked_round(SESSION, {})
     server.start()
     for earlier in PHASES[: PHASES.index(phase)]:
         for index in SESSION.cohort:
@@ -60,7 +61,7 @@ def test_the_transcript_of_a_whole_round_is_frozen() -> None:
     assert state.hexdigest() == FROZEN, "the wire form changed: raise the protocol's version"
 
 
-FROZEN = "31dee77a412d8d67d725c636b724df9184cb13734a5343351aac09c75a476ad9"
+FROZEN = "d6e1c35c24b1b071d9dd3c285e67be20b515e322daf397dc68d6dfb877ce0c82"
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -98,6 +99,12 @@ def test_a_request_altered_at_any_byte_is_refused(phase: str) -> None:
         altered[position] ^= 1 << position % 8
         if client.phase == m.FAILED:
             client = client_before(phase)
+        if phase == m.SHARE and is_server_key(request, position):
+            # A client cannot tell; its signature can: see the test of a key put in between.
+            with pytest.raises(RemoteProtocolError, match="signature"):
+                server_before(m.SHARE).receive(0, client.receive(bytes(altered)))
+            client = client_before(phase)
+            continue
         if phase == m.MASK and is_evidence(request, position):
             # Needed only against a dealer whose box does not open: without it nothing changes, see the test below.
             assert client.receive(bytes(altered)) == LOG[phase, 0][1]
@@ -105,6 +112,40 @@ def test_a_request_altered_at_any_byte_is_refused(phase: str) -> None:
             continue
         with pytest.raises(RemoteProtocolError):
             client.receive(bytes(altered))
+
+
+def is_server_key(request: bytes, position: int) -> bool:
+    """Whether this byte of a member list is of the server's key."""
+    at = request.index(decode(request, m.Members, most=MOST).server_key)
+    return at <= position < at + keys.KEY_BYTES
+
+
+def test_a_server_key_put_in_between_is_refused_by_the_server() -> None:
+    # Whoever stands between knows its own key, would know the tag's key with client 0, and gets no further.
+    mine = keys.ExchangeKey(b"\5" * 32)
+    request = decode(LOG[m.SHARE, 0][0], m.Members, most=MOST)
+    deal = client_before(m.SHARE).receive(encode(msgspec.structs.replace(request, server_key=mine.public)))
+    with pytest.raises(RemoteProtocolError, match="signature"):
+        server_before(m.SHARE).receive(0, deal)
+    for taken in (bytes(32), request.advertisements[-64 - 2 - 32 : -64 - 2], b"short"):  # low order, a peer's box key
+        with pytest.raises(RemoteProtocolError):
+            client_before(m.SHARE).receive(encode(msgspec.structs.replace(request, server_key=taken)))
+
+
+def test_no_other_input_is_accepted_for_a_client() -> None:
+    honest = decode(LOG[m.MASK, 1][1], m.MaskedInput, most=MOST)
+    other = decode(LOG[m.MASK, 2][1], m.MaskedInput, most=MOST)
+    secret, server = bytes(32), server_before(m.MASK)
+    forged = keys.one_time_tag(m.input_key(secret, server._th, 1, server._dealers_bytes), other.masked)
+    # Another client's whole input, its vector under this client's tag, and tags under keys that others can derive.
+    for proof in (other.proof, honest.proof, forged, b"", honest.proof[:-1], honest.proof + b"\0"):
+        with pytest.raises(RemoteProtocolError, match="tag"):
+            server.receive(1, encode(msgspec.structs.replace(other, proof=proof)))
+    # The right key over another view of U2 is another key.
+    key = m.input_key(server._input_secrets[1], server._th, 1, server._dealers_bytes[:-4])
+    with pytest.raises(RemoteProtocolError, match="tag"):
+        server.receive(1, encode(msgspec.structs.replace(honest, proof=keys.one_time_tag(key, honest.masked))))
+    server.receive(1, LOG[m.MASK, 1][1])
 
 
 def is_evidence(request: bytes, position: int) -> bool:
@@ -149,7 +190,12 @@ def test_an_identical_retransmission_gets_identical_bytes_and_another_message_do
 def members_request(members: list[int], advertisements: list[bytes]) -> bytes:
     sid = decode(LOG[m.SHARE, 0][0], m.Members, most=MOST).sid
     return encode(
-        m.Members(sid=sid, members=np.array(members, "<u4").tobytes(), advertisements=b"".join(advertisements))
+        m.Members(
+            sid=sid,
+            server_key=keys.ExchangeKey(b"\5" * 32).public,
+            members=np.array(members, "<u4").tobytes(),
+            advertisements=b"".join(advertisements),
+        )
     )
 
 
@@ -339,13 +385,13 @@ def test_sessions_that_protect_nobody_are_refused(changes: dict[str, Any]) -> No
 
 def test_terminal_machines_hold_no_secret_and_no_repr_shows_one() -> None:
     client = client_before(m.UNMASK)
-    secrets = [client._seed, client._self_mask, *client._box_secrets.values(), *client._held[1]]
+    secrets = [client._seed, client._self_mask, *client._box_keys[1].values(), client._input_secret, *client._held[1]]
     assert all(secrets) and client._keys
     shown = repr(client) + repr(IDENTITIES[0]) + repr(client.__dict__["_journal"])
     assert not any(secret.hex() in shown or repr(secret)[2:-1] in shown for secret in secrets)
     client.receive(LOG[m.UNMASK, 0][0])
     held = [value for value in gc.get_referents(client.__dict__) if isinstance(value, bytes)]
-    assert not set(secrets) & set(held) and not client._held and not client._keys and not client._box_secrets
+    assert not set(secrets) & set(held) and not client._held and not client._keys and not client._box_keys
 
 
 def test_forged_lengths_allocate_nothing() -> None:

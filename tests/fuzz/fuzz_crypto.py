@@ -109,17 +109,22 @@ def _client(index: int) -> MaskedClient:
     )
 
 
+def _server() -> MaskedServer:
+    return MaskedServer(session=SESSION, roster=ROSTER, entropy=_entropy("server"))
+
+
 class Fuzzer:
     """The honest log, machines before every phase, and one forging at a time."""
 
     def __init__(self) -> None:
         self.log: dict[tuple[str, int], tuple[bytes, bytes]] = {}
-        server, clients = MaskedServer(session=SESSION, roster=ROSTER), [_client(i) for i in range(N)]
+        server, clients = _server(), [_client(i) for i in range(N)]
         requests = server.start()
-        self.th = self.dealers = b""
+        self.th = self.dealers = self.input_secret = b""
         while not server.done:
             phase = server.phase
             self.th, self.dealers = server._th or self.th, server._dealers_bytes or self.dealers
+            self.input_secret = server._input_secrets.get(1, self.input_secret)
             for index, request in requests.items():
                 reply = clients[index].receive(request)
                 self.log[phase, index] = (request, reply)
@@ -131,7 +136,7 @@ class Fuzzer:
 
     def server(self, phase: str) -> MaskedServer:
         if phase not in self.servers:
-            server = MaskedServer(session=SESSION, roster=ROSTER)
+            server = _server()
             server.start()
             for earlier in PHASES[: PHASES.index(phase)]:
                 for index in range(N):
@@ -231,7 +236,11 @@ class Fuzzer:
             root = merkle.tree([m.leaf(pair, box) for pair, box in zip(hashes, boxes, strict=False)])[-1][0]
             statement = m.deal_statement(SID, self.th, 1, reply.commitment, root)
         elif phase == m.MASK:
-            statement = m.masked_statement(SID, self.th, 1, self.dealers, reply.masked, reply.complaints)
+            if not reply.complaints:
+                key = m.input_key(self.input_secret, self.th, 1, self.dealers)
+                return msgspec.structs.replace(reply, proof=keys.one_time_tag(key, reply.masked))
+            proof = m.complaint_statement(SID, self.th, 1, self.dealers, reply.complaints)
+            return msgspec.structs.replace(reply, proof=keys.sign(IDENTITIES[1].secagg_private, proof))
         else:
             return reply
         return msgspec.structs.replace(reply, signature=keys.sign(IDENTITIES[1].secagg_private, statement))
@@ -254,14 +263,14 @@ def forge(message: msgspec.Struct, choices: Choices, sign: Callable[[Any], Any] 
     names = message.__struct_fields__
     if kind == 1:  # a field's header announces another length than follows
         data = encode(message)
-        field = getattr(message, names[choices.below(len(names))])
+        field = bytes(getattr(message, names[choices.below(len(names))]))
         at = data.find(field) if field else 1 + choices.below(len(data) - 1)
         header = HEADERS[choices.below(len(HEADERS))] + choices.take(4)
         return data[: max(0, at - choices.below(6))] + header + data[at:]
     changes = {}
     for _ in range(1 + choices.below(2)):
         name = names[choices.below(len(names))]
-        changes[name] = resize(getattr(message, name), choices)
+        changes[name] = resize(bytes(getattr(message, name)), choices)
     forged = msgspec.structs.replace(message, **changes)
     return encode(sign(forged) if kind == 2 else forged)
 
