@@ -70,7 +70,7 @@ def test_an_unknown_set_is_bad_usage_with_the_nearest(command: Command) -> None:
 def test_check_prints_findings_on_stderr_and_the_proposal_on_stdout(command: Command, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("hospital,age,out\n" + ROWS)
     code, out, err = command("data", "check", "t.csv", "--label", "out")
-    assert code == 0 and out.startswith("[data]\n") and "3 sites of 20 to 20 records" in err
+    assert code == 0 and out.startswith('name = "t"\n\n[data]\n') and "3 sites of 20 to 20 records" in err
     (tmp_path / "t.csv").write_text("hospital,age,out\n" + ROWS + f"A,{SECRET},1\n")
     code, out, err = command("data", "check", "t.csv", "--label", "out")
     assert code == 1 and "PROBLEM column 'age' is numeric, but row 61 hold text" in err
