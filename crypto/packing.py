@@ -75,8 +75,10 @@ def decode(words: Words, bits: int) -> npt.NDArray[np.int64]:
     return values
 
 
-def pack(words: Words, bits: int) -> bytes:
+def pack(words: Words, bits: int) -> memoryview:
     """The low `bits` bits of every word without gaps, in the layout below; what higher bits hold is dropped.
+
+    Bytes, of the words themselves where these are `bits` wide: model-sized, and not copied before they are encoded.
 
     With (m, l, L) = `_period(bits)` and G = ⌈dim/m⌉, the wire is l rows of G little-endian lanes of L bits. Column g
     of them, read as one number of m·bits bits, holds the words g, G + g, …, (m−1)·G + g from the lowest bit up. So
@@ -84,7 +86,7 @@ def pack(words: Words, bits: int) -> bytes:
     """
     period, lanes, width = _period(bits)
     if bits == width:
-        return words.tobytes()
+        return words.view(np.uint8).data
     columns = -(-len(words) // period)
     packed = np.zeros((lanes, columns), dtype=words.dtype)
     mask = words.dtype.type((1 << bits) - 1)
@@ -102,7 +104,7 @@ def pack(words: Words, bits: int) -> bytes:
             packed[lane, at] |= moved
             if shift + bits > width:
                 np.right_shift(value, words.dtype.type(width - shift), packed[lane + 1, at])
-    return packed.tobytes()
+    return packed.reshape(-1).view(np.uint8).data
 
 
 def add_packed(total: Words, data: bytes | memoryview, bits: int) -> None:

@@ -129,7 +129,7 @@ class PlainClient:
         try:
             self._journal.begin(self._sid, session.run, session.round, session.attempt)
             words = to_residues(self._vector(), dim=session.dim, bound=session.bound, bits=session.bits)
-            submission = Submission(sid=self._sid, vector=pack(words, session.bits))
+            submission = Submission(sid=self._sid, vector=bytes(pack(words, session.bits)))
             reply = self._answers.record(SUBMISSION, message, encode(submission))
             self._answers.finish()
         except BaseException:

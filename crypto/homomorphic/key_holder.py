@@ -175,7 +175,7 @@ class HomomorphicKeyHolder:
             slots -= blinds.astype(np.int64)
             values = unpack(balanced(slots), self._layout, limit=len(members) * session.bound)
             words = to_residues(values, dim=session.dim, bound=len(members) * session.bound, bits=session.bits)
-            total = pack(words, session.bits)
+            total = bytes(pack(words, session.bits))
         except SumOutOfRange:
             withheld = m.OUT_OF_RANGE
         except NoiseTooHigh:

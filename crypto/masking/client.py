@@ -210,7 +210,7 @@ class MaskedClient:
             minus=[key for other, key in pair_keys.items() if self._index < other],
             threads=self._threads,
         )
-        masked = memoryview(pack(words, session.bits))
+        masked = pack(words, session.bits)
         key = m.input_key(self._input_secret, self._th, self._index, request.dealers)
         return m.MaskedInput(sid=self._sid, masked=masked, complaints=b"", proof=keys.one_time_tag(key, masked))
 

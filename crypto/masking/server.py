@@ -63,7 +63,7 @@ class MaskedServer:
         self._session, self._roster = session, roster
         self._sid = session_id(session, roster.hash)
         self._threads, self._verify_signature = threads, verify
-        self._key = keys.ExchangeKey(entropy(keys.KEY_BYTES))  # of this attempt, for authentication only; see `messages.input_key`
+        self._key = keys.ExchangeKey(entropy(keys.KEY_BYTES))  # for authentication only; see `messages.input_key`
         self._most = m.largest_message(session)
         self._steps: dict[
             str, tuple[type[msgspec.Struct], Callable[[int, Any, bytes], None], Callable[[], dict[int, bytes]]]

@@ -120,7 +120,7 @@ def test_encoding_refuses_wrong_shapes_and_values_beyond_the_bound(vector: list[
 
 def test_unpacking_refuses_wrong_lengths_and_dirty_padding() -> None:
     # Three words of 5 bits: 16 positions of one column, in 5 lanes of 16 bits; bit 15 on is padding.
-    data = pack(np.array([1, 2, 3], dtype="<u2"), 5)
+    data = bytes(pack(np.array([1, 2, 3], dtype="<u2"), 5))
     total = np.zeros(3, dtype="<u2")
     for bad in (data[:-1], data + b"\0", data[:1] + bytes([data[1] | 0x80]) + data[2:], data[:-1] + b"\1"):
         with pytest.raises(RemoteProtocolError):

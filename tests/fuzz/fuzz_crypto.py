@@ -217,7 +217,7 @@ class Fuzzer:
     def _to_plain(self, choices: Choices) -> None:
         server = PlainServer(session=SESSION)
         server.start()
-        vector = packing.pack(np.arange(5, dtype="<u2"), SESSION.bits)
+        vector = bytes(packing.pack(np.arange(5, dtype="<u2"), SESSION.bits))
         try:
             server.receive(0, forge(Submission(sid=session_id(SESSION, b""), vector=vector), choices))
         except RemoteProtocolError:
