@@ -194,6 +194,7 @@ def _drive(ready: Preparation, home: RunFolder, observer: Observer | None) -> Ru
                 noise_multiplier=ready.noise_multiplier,
                 state=checkpoint.server,
                 first_round=checkpoint.next_round,
+                server_key=consortium.server_key,
                 retired=checkpoint.retired,
             )
             for report in federation.rounds():

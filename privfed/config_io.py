@@ -170,7 +170,8 @@ def _explain(message: str, table: dict[str, Any]) -> str:
         return f"{key} = {value!r}: it must be one of {', '.join(map(repr, choices))}{remedy}"
     description = _description(hint)
     meaning = f" ({description})" if description else ""
-    return f"{key} = {value!r}: {reason[:1].lower() + reason[1:].replace('`', '')}{meaning}"
+    shown = f"{key} = {value!r}" if len(repr(value)) <= 80 else key  # a whole section says nothing
+    return f"{shown}: {reason[:1].lower() + reason[1:].replace('`', '')}{meaning}"
 
 
 def _is_enum(hint: Any) -> bool:

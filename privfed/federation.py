@@ -15,6 +15,7 @@ from privfed.crypto.homomorphic.server import HomomorphicServer
 from privfed.crypto.masking.server import MaskedServer
 from privfed.crypto.plain import PlainServer
 from privfed.crypto.roster import Roster
+from privfed.privacy import noise
 
 from . import wire
 from .cohort import Cohort, cohort_of
@@ -88,6 +89,8 @@ class Federation:
         engine: carries bytes to them by name.
         noise_multiplier: σ/C, calibrated or given; 0 without a claim.
         state: the server's state to start from.
+        server_key: bytes[32], secret; a coordinator restarted with the same one goes on with a round that was cut
+            short. Default fresh.
         first_round: 0, or where an interrupted run goes on.
         retired: sites that left it before, with their reasons.
         clock: monotonic seconds, for the report alone.
@@ -103,6 +106,7 @@ class Federation:
         noise_multiplier: float,
         state: State,
         first_round: int = 0,
+        server_key: bytes | None = None,
         retired: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -110,6 +114,7 @@ class Federation:
         self._roster, self._engine, self._noise_multiplier, self._clock = roster, engine, noise_multiplier, clock
         self._names = {index: member.name for index, member in enumerate(roster.members)}
         self.retired = dict(retired or {})
+        self._server_key = server_key or noise.new_key()
         try:
             self._key_holder = key_holder_of(config, roster)
         except ValueError as error:
@@ -202,7 +207,10 @@ class Federation:
         elif self._key_holder is not None:
             server = HomomorphicServer(session=session, key_holder=self._key_holder, roster=self._roster)
         else:
-            server = MaskedServer(session=session, roster=self._roster)
+            # A restarted coordinator must send what it sent before: sites answer each step of a round once.
+            labels = (b"server", session.run.encode(), session.round.to_bytes(8, "big"), session.context)
+            key = noise.derive_key(self._server_key, *labels)
+            server = MaskedServer(session=session, roster=self._roster, entropy=lambda size: key[:size])
         begun: set[tuple[int, bool]] = set()  # a site that holds the key has two roles, and begins both
 
         def exchange(requests: dict[int, bytes]) -> dict[int, bytes]:

@@ -72,4 +72,4 @@ def predict(run: Path | str, file: Path | str, *, site: str | None = None) -> Pr
     table = pd.DataFrame({"row": frame.index, "prediction": np.array(classes)[probabilities.argmax(1)]})
     for number, name in enumerate(classes):
         table[f"p({name})"] = probabilities[:, number].round(6)
-    return Predictions(table, unknown_values(frame, columns, missing=missing))
+    return Predictions(table, unknown_values(frame, columns, missing=missing, decimal=config.data.decimal))

@@ -88,8 +88,10 @@ def encode(
     return np.column_stack([_encode_column(frame[column.name], column, missing, decimal) for column in columns])
 
 
-def unknown_values(frame: pd.DataFrame, columns: Sequence[Column], *, missing: frozenset[str]) -> tuple[str, ...]:
-    """One note a column whose texts are in no declared list; rows by number, never a value."""
+def unknown_values(
+    frame: pd.DataFrame, columns: Sequence[Column], *, missing: frozenset[str], decimal: str = "."
+) -> tuple[str, ...]:
+    """One note a column with values outside its declared list or range; rows by number, never a value."""
     notes = []
     for column in columns:
         if isinstance(column, Categorical):
@@ -98,6 +100,13 @@ def unknown_values(frame: pd.DataFrame, columns: Sequence[Column], *, missing: f
             unknown = ~text.isin(listed).to_numpy(bool)
             if unknown.any():
                 notes.append(f"column {column.name!r}: {rows(frame.index.to_numpy()[unknown])} hold no listed value")
+            continue
+        low, high = column.range
+        parsed = numbers(frame[column.name], missing, decimal)
+        outside = (parsed < low) | (parsed > high)  # a missing value is neither
+        if outside.any():
+            where = rows(frame.index.to_numpy()[outside])
+            notes.append(f"column {column.name!r}: {where} lie outside [{low:g}, {high:g}] and count as the nearer end")
     return tuple(notes)
 
 

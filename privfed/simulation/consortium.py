@@ -3,7 +3,7 @@
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from privfed.crypto.journal import SQLiteJournal
@@ -29,6 +29,7 @@ class Consortium:
     sites: Mapping[str, Site]
     roster: Roster
     engine: Engine
+    server_key: bytes = field(repr=False)
 
     def close(self) -> None:
         """The run is over."""
@@ -91,7 +92,7 @@ def open_consortium(
             )
             handlers[name] = SiteWithKey(sites[name], key_holder) if name in sites else key_holder
         engine = FaultyEngine(LocalEngine(handlers), config.simulation, seed=config.seed)
-        yield Consortium(sites, roster, engine)
+        yield Consortium(sites, roster, engine, noise.derive_key(key, b"coordinator"))
 
 
 def members(config: Config, data: Sites) -> list[str]:
