@@ -194,7 +194,12 @@ def _propose(values: "pd.Series[str]", decimal: str, result: Check) -> list[str]
             result.findings.append(Finding(name, note, True))
             return []
         listed = ", ".join(map(_quoted, common))
-        return ["", "[[data.categorical]]", f"name = {_quoted(name)}", f"values = [{listed}]"]
+        return [
+            "",
+            "[[data.categorical]]",
+            f"name = {_quoted(name)}",
+            f"values = [{listed}]   # confirm: is this list public?",
+        ]
     if wrong.any():
         at = text[~gone].index.to_numpy()[wrong]
         note = f"is numeric, but {rows(at)} hold text: fix them, or list the text as missing"
