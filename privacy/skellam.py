@@ -168,8 +168,8 @@ def add_share(vector: NDArray[np.int64], *, limit: int, variance: int, key: byte
 
 
 def coordinate_bound(limit: int, variance: int) -> int:
-    """The largest magnitude of a coordinate that `add_share` returns: `bound` of the aggregation's session."""
-    return limit + table(variance).largest
+    """No coordinate that `add_share` returns is larger: `bound` of the aggregation's session. Needs no table."""
+    return limit + tail(variance, _TAIL_NATS) + 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +184,7 @@ class SharedNoise:
             whole client's vector, of `record_l2_bound` for one record or patient inside it.
         minimum_cohort: the fewest sites whose sum may be released.
         colluders: sites whose shares the adversary of the claim knows.
+        sample_rate: probability of each unit to be in the sum; below 1 only a loose bound of ε exists.
     """
 
     noise_multiplier: float
@@ -193,6 +194,7 @@ class SharedNoise:
     l1_bound: float | None = None
     minimum_cohort: int
     colluders: int
+    sample_rate: float = 1.0
 
     @property
     def share_variance(self) -> int:
@@ -223,6 +225,7 @@ class SharedNoise:
             dim=self.dim,
             l2_squared=l2_squared,
             l1=l1,
+            sample_rate=self.sample_rate,
         )
 
     def bits(self, limit: int, sites: int) -> int:

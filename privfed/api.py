@@ -14,11 +14,12 @@ import torch
 
 from privfed.privacy.accountant import Accountant
 from privfed.privacy.calibration import noise_multiplier_for
-from privfed.privacy.events import PrivacyUnit
+from privfed.privacy.errors import NoGuarantee
+from privfed.privacy.events import Charge, PrivacyUnit
 from privfed.privacy.ledger import Ledger
 
 from . import config_io, folder, keyring
-from .cohort import cohort_of
+from .cohort import Cohort, cohort_of
 from .config import Config
 from .data.records import Sites
 from .errors import ConfigError, DataError, RunFolderError
@@ -27,8 +28,8 @@ from .folder import Checkpoint, RunFacts, RunFolder
 from .parameters import load_vector, to_vector
 from .report import render
 from .simulation.consortium import Consortium, members, open_consortium
-from .site import Schema, build_model, planned_charges
 from .summary import Summary, metrics_line, report_of, summarize
+from .terms import Schema, build_model, checked_encoding, encoding_of, parameter_count, planned_charges
 
 Observer = Callable[[RoundReport], None]
 
@@ -77,18 +78,18 @@ def prepare(config: Config, *, noise_multiplier: float | None = None) -> Prepara
     if reason is not None:
         raise ConfigError(reason)
     data = config.data.load(seed=config.seed)
-    cohort_of(config, len(data.sites))
+    cohort = cohort_of(config, len(data.sites))
     parties = members(config, data)
     for outage in config.simulation.outages:
         if outage.site not in parties:
             raise ConfigError(f"simulation.outages: no site {outage.site!r}; sites are {', '.join(parties)}")
     accountant = Accountant()
+    schema = Schema(features=len(data.inputs), classes=len(data.classes))
+    if noise_multiplier is None:
+        noise_multiplier = _calibrated(config, cohort, schema, accountant)
+    checked_encoding(config, cohort, parameter_count(config, schema), noise_multiplier)
     return Preparation(
-        config=config,
-        data=data,
-        schema=Schema(features=len(data.inputs), classes=len(data.classes)),
-        noise_multiplier=_calibrated(config, accountant) if noise_multiplier is None else noise_multiplier,
-        accountant=accountant,
+        config=config, data=data, schema=schema, noise_multiplier=noise_multiplier, accountant=accountant
     )
 
 
@@ -252,7 +253,9 @@ def _same_spending(home: RunFolder, config: Config, reports: Sequence[RoundRepor
     if config.privacy.unit is PrivacyUnit.NONE or not config.method.sends:
         return
     run = home.facts().run
-    booked = {(entry.site, entry.round) for entry in entries if entry.kind == "charge" and entry.run == run}
+    booked = {
+        (entry.site, entry.round) for entry in entries if entry.kind in ("charge", "reserve") and entry.run == run
+    }
     for report in reports:
         for site in report.contributed:
             if (site, report.round) not in booked:
@@ -297,7 +300,8 @@ def _same_records(home: RunFolder, consortium: Consortium) -> None:
         )
 
 
-def _calibrated(config: Config, accountant: Accountant) -> float:
+def _calibrated(config: Config, cohort: Cohort, schema: Schema, accountant: Accountant) -> float:
+    """σ/C for the run's target, at the smallest cohort that may be summed."""
     privacy = config.privacy
     if privacy.unit is PrivacyUnit.NONE or not config.method.sends:
         return 0.0
@@ -305,12 +309,15 @@ def _calibrated(config: Config, accountant: Accountant) -> float:
         return privacy.noise_multiplier
     if math.isinf(privacy.target_epsilon):
         raise ConfigError("privacy needs a finite target_epsilon (calibrates the noise) or noise_multiplier (fixes it)")
+    size = parameter_count(config, schema)
+
+    def plan(noise_multiplier: float) -> tuple[Charge, ...]:
+        encoding = encoding_of(config, cohort, size, noise_multiplier)
+        return planned_charges(config, encoding, noise_multiplier, config.rounds)
+
     try:
-        return noise_multiplier_for(
-            privacy.target_epsilon,
-            privacy.delta,
-            lambda sigma: planned_charges(config, sigma, config.rounds),
-            accountant=accountant,
-        )
+        return noise_multiplier_for(privacy.target_epsilon, privacy.delta, plan, accountant=accountant)
+    except NoGuarantee as refusal:
+        raise ConfigError(str(refusal)) from None
     except ValueError as error:
         raise ConfigError(f"privacy.target_epsilon = {privacy.target_epsilon:g}: {error}") from None

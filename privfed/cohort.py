@@ -3,12 +3,10 @@
 from dataclasses import dataclass
 
 from privfed.crypto import degree as graph_degree
-from privfed.crypto.aggregation import COMPLETE_UP_TO, Session, default_colluders, default_parameters, default_threshold
-from privfed.crypto.homomorphic.fields import layout_of
+from privfed.crypto.aggregation import COMPLETE_UP_TO, default_colluders, default_parameters, default_threshold
 
 from .config import Config
 from .errors import ConfigError
-from .site import grid_of
 
 
 @dataclass(frozen=True)
@@ -55,23 +53,8 @@ def cohort_of(config: Config, n: int) -> Cohort:
         raise ConfigError(
             f"aggregation.minimum_cohort = {cohort.minimum_cohort} is above the cohort of {n} sites: lower it"
         )
-    try:  # the rest: the aggregation's own limits, before a round starts
-        Session(
-            run="-",
-            round=0,
-            attempt=0,
-            cohort=tuple(range(n)),
-            dim=1,
-            bound=grid_of(config).bound,
-            threshold=cohort.threshold,
-            minimum_cohort=cohort.minimum_cohort,
-            colluders=cohort.colluders,
-            degree=cohort.degree,
-            context=bytes(32),
-        )
-        if settings.kind == "homomorphic":
-            layout_of(1, bound=grid_of(config).bound, n=n)
-        if cohort.degree is not None:
+    if cohort.degree is not None:
+        try:
             graph_degree.check(
                 n,
                 degree=cohort.degree,
@@ -79,8 +62,8 @@ def cohort_of(config: Config, n: int) -> Cohort:
                 colluders=cohort.colluders,
                 minimum_cohort=cohort.minimum_cohort,
             )
-    except ValueError as error:
-        raise ConfigError(f"aggregation: {error} (bound is aggregation.limit × 2^fraction_bits)") from None
+        except ValueError as error:
+            raise ConfigError(f"aggregation: {error}") from None
     return cohort
 
 

@@ -9,11 +9,12 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from privfed.privacy.events import NoiseSite, PrivacyUnit
+from privfed.privacy.events import MAX_RECORDS, NoiseSite, PrivacyUnit
+from privfed.privacy.units import PatientSampling
 
 from .data.sources import BreastCancer
 from .data.tables import Table
-from .methods import FedAvg, Fomaml, Local, Reptile
+from .methods import FedAvg, FedSGD, Fomaml, Local, Reptile
 
 
 class Section(msgspec.Struct, frozen=True):
@@ -32,32 +33,66 @@ class Model(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
 class Privacy(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """[privacy]"""
 
-    unit: Annotated[PrivacyUnit, Meta(description="whose participation is hidden: record, or none (no claim)")] = (
-        PrivacyUnit.RECORD
-    )
-    noise: Annotated[NoiseSite, Meta(description="who adds the noise: local, each site enough for itself")] = (
-        NoiseSite.LOCAL
-    )
+    unit: Annotated[
+        PrivacyUnit,
+        Meta(description="whose participation is hidden: record, patient, client (a whole site), or none (no claim)"),
+    ] = PrivacyUnit.RECORD
+    noise: Annotated[
+        NoiseSite,
+        Meta(
+            description="who adds the noise: local, each site enough for itself; distributed, each a share of what the "
+            "secure sum needs; central, the server (client only)"
+        ),
+    ] = NoiseSite.LOCAL
     target_epsilon: Annotated[
         float,
         Meta(gt=0, description="each site's budget (inf: none); calibrates the noise unless noise_multiplier is given"),
     ] = 4.0
     noise_multiplier: Annotated[
         Annotated[float, Meta(gt=0, le=1e6)] | None,
-        Meta(description="noise standard deviation / max_grad_norm, instead of a calibrated one"),
+        Meta(description="noise standard deviation / clipping norm, instead of a calibrated one"),
     ] = None
     delta: Annotated[float, Meta(gt=0, lt=1, description="δ; far below 1 / number of records of a site")] = 1e-5
-    max_grad_norm: Annotated[float, Meta(ge=1e-6, le=1e6, description="C, largest L2 norm of a record's gradient")] = (
-        1.0
-    )
-    sample_rate: Annotated[float, Meta(gt=0, le=1, description="q, public: the chance of a record to be drawn")] = 0.5
+    max_grad_norm: Annotated[
+        float, Meta(ge=1e-6, le=1e6, description="C, largest L2 norm of a record's gradient, or of a patient's sum")
+    ] = 1.0
+    max_update_norm: Annotated[
+        float, Meta(ge=1e-6, le=1e6, description="unit = client: C, largest L2 norm of a site's whole update")
+    ] = 1.0
+    sample_rate: Annotated[
+        Annotated[float, Meta(gt=0, le=1)] | None,
+        Meta(description="q, public: the chance of a record or patient to be drawn; default 0.5, distributed 1"),
+    ] = None
+    sampling: Annotated[
+        PatientSampling,
+        Meta(description='unit = patient: "patient" draws whole patients, "record" records, max_records of a patient'),
+    ] = "patient"
+    max_records: Annotated[
+        Annotated[int, Meta(ge=1, le=MAX_RECORDS)] | None,
+        Meta(description='sampling = "record": the most records of one patient that are used'),
+    ] = None
+    colluders: Annotated[
+        Annotated[int, Meta(ge=0, le=100_000)] | None,
+        Meta(
+            description="distributed: sites whose shares of noise the server may know and target_epsilon still holds; "
+            "default as many as the masks tolerate, 1 when encrypted"
+        ),
+    ] = None
     expected_batch_size: Annotated[
-        float, Meta(ge=1e-3, le=1e9, description="public denominator of a mean gradient; never computed from the data")
+        float,
+        Meta(ge=1e-3, le=1e9, description="public denominator of a site's mean gradient; never computed from the data"),
     ] = 40.0
     insecure_seed: Annotated[
         Annotated[int, Meta(ge=0, le=2**63 - 1)] | None,
         Meta(description="noise anyone can recompute, for reproducing a study; voids the privacy claim"),
     ] = None
+
+    @property
+    def rate(self) -> float:
+        """q."""
+        if self.sample_rate is not None:
+            return self.sample_rate
+        return 1.0 if self.noise is NoiseSite.DISTRIBUTED else 0.5
 
 
 class Aggregation(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -148,12 +183,15 @@ class Policy(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     ] = True
     max_delta: Annotated[float, Meta(gt=0, lt=1, description="largest δ a site accepts")] = 1e-3
     minimum_cohort: Annotated[int, Meta(ge=1, description="smallest cohort and smallest sum that a site joins")] = 2
+    minimum_colluders: Annotated[
+        int, Meta(ge=0, description="distributed noise: fewest colluding sites that the claim must survive")
+    ] = 0
     require_privacy: Annotated[bool, Meta(description="refuse runs without a differential-privacy claim")] = False
     require_secure_aggregation: Annotated[bool, Meta(description="refuse plain aggregation")] = False
 
 
 Data = BreastCancer | Table
-Method = FedAvg | Reptile | Fomaml | Local
+Method = FedAvg | Reptile | Fomaml | FedSGD | Local
 
 
 class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -1,5 +1,6 @@
 """The round loop: broadcast, learn, aggregate, account, evaluate."""
 
+import hashlib
 import logging
 import math
 import time
@@ -25,7 +26,7 @@ from .errors import ConfigError
 from .evaluation import Spread, fraction_hurt, spread
 from .methods import State
 from .parameters import encode
-from .site import grid_of, key_holder_of, session_of
+from .terms import Encoding, checked_encoding, key_holder_of, plan_encoding, session_of
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class Federation:
         # A key holder that is no site is in the roster, but in no cohort.
         alone = self._key_holder if config.aggregation.key_holder is None else None
         self._sites = [index for index in self._names if index != alone]
-        cohort_of(config, len(self._sites))
+        checked_encoding(config, cohort_of(config, len(self._sites)), len(state["theta"]), noise_multiplier)
 
     def rounds(self) -> Iterator[RoundReport]:
         """Run the rounds one by one, until all are done or too few sites are left. The state is current at each."""
@@ -158,12 +159,13 @@ class Federation:
                 key_holder=self._key_holder,
             )
         )
+        encoding = plan_encoding(wire.decode_plan(plan), len(self.state["theta"]))
         tally, invited = _Tally(), active
         result: AggregationResult | None = None
         aborted: str | None = None
         if self.config.method.sends:
             try:
-                result = self._aggregate(plan, number, tally)
+                result = self._aggregate(plan, encoding, number, tally)
             except AggregationError as error:
                 aborted = str(error)
                 if isinstance(error, FaultyDealer):
@@ -171,7 +173,7 @@ class Federation:
                         if not by:  # proved by the dealer's own signature; a bare complaint proves nothing
                             self.retired[self._names[index]] = "dealt shares that its own commitments disprove"
         if result is not None:
-            self._serve(result, number)
+            self._serve(result, encoding, number)
         self.next_round = number + 1
         last = self.next_round == self.config.rounds
         measurements: dict[str, wire.Measurement] = {}
@@ -197,10 +199,10 @@ class Federation:
             seconds=self._clock() - started,
         )
 
-    def _aggregate(self, plan_bytes: bytes, number: int, tally: _Tally) -> AggregationResult:
+    def _aggregate(self, plan_bytes: bytes, encoding: Encoding, number: int, tally: _Tally) -> AggregationResult:
         """The integer sum of one attempt, over the engine."""
         plan, state = wire.decode_plan(plan_bytes), encode(self.state)
-        session = session_of(plan, wire.context(plan_bytes, state), len(self.state["theta"]))
+        session = session_of(plan, wire.context(plan_bytes, state), encoding)
         server: AggregationServer
         if self.config.aggregation.kind == "plain":
             server = PlainServer(session=session)
@@ -234,8 +236,11 @@ class Federation:
 
         return run_round(server, exchange, on_bad)
 
-    def _serve(self, result: AggregationResult, number: int) -> None:
-        mean = grid_of(self.config).decode(result.total, summands=len(result.contributors))
+    def _serve(self, result: AggregationResult, encoding: Encoding, number: int) -> None:
+        # Noise of this very sum: a restart repeats it, and another sum in its place would not share it
+        labels = (self.run.encode(), number.to_bytes(8, "big"), hashlib.sha256(result.total.tobytes()).digest())
+        total = encoding.add_noise(result.total, noise.derive_key(self._server_key, b"noise", *labels))
+        mean = encoding.decode(total, summands=len(result.contributors))
         progress = number / self.config.rounds
         self.state = self.config.method.serve(self.state, torch.from_numpy(mean).float(), progress)
 

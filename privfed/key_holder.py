@@ -12,7 +12,8 @@ from . import parameters, wire
 from .config import Policy
 from .errors import PrivfedError
 from .policy import PolicyRefusal
-from .site import Site, key_holder_of, session_of
+from .site import Site
+from .terms import key_holder_of, plan_encoding, session_of
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class KeyHolder:
         theta = parameters.decode(message.state).get("theta")
         if theta is None or theta.ndim != 1:
             raise wire.WireError("the model must be one vector of parameters")
-        session = session_of(plan, wire.context(message.plan, message.state), len(theta))
+        session = session_of(plan, wire.context(message.plan, message.state), plan_encoding(plan, len(theta)))
         self._machine = HomomorphicKeyHolder(
             session=session, identity=self._identity, roster=self._roster, journal=self._journal
         )

@@ -1,9 +1,10 @@
 """What a site demands, whatever a coordinator asks for."""
 
-from privfed.privacy.events import PrivacyUnit
+from privfed.privacy.events import NoiseSite, PrivacyUnit
 
 from .config import Policy
 from .errors import PrivfedError
+from .terms import claimed_colluders, cohort_in
 from .wire import RoundPlan
 
 
@@ -48,6 +49,12 @@ def check_policy(plan: RoundPlan, policy: Policy, *, insecure: bool) -> None:
             raise PolicyRefusal(
                 f"the plan has noise_multiplier = {plan.noise_multiplier:g}, which is not what its configuration claims"
             )
+        if config.privacy.noise is NoiseSite.DISTRIBUTED:
+            colluders = claimed_colluders(config, cohort_in(plan))
+            if colluders < policy.minimum_colluders:
+                raise PolicyRefusal(
+                    f"policy.minimum_colluders = {policy.minimum_colluders}, the plan's noise covers {colluders}"
+                )
     if (
         summed
         and config.aggregation.kind == "masked"

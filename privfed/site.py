@@ -6,16 +6,15 @@ the ledger has the spend on disk before the vector that it paid for exists in an
 """
 
 import hashlib
-import itertools
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import msgspec
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from privfed.crypto.aggregation import AggregationClient, Session
+from privfed.crypto.aggregation import AggregationClient, Session, VectorSource
 from privfed.crypto.errors import AggregationError
 from privfed.crypto.homomorphic.client import HomomorphicClient
 from privfed.crypto.journal import Journal
@@ -26,124 +25,34 @@ from privfed.crypto.roster import Identity, Roster
 from privfed.privacy import noise
 from privfed.privacy.accountant import Accountant, Epsilon
 from privfed.privacy.budget import Budget
-from privfed.privacy.discretize import FixedPoint
 from privfed.privacy.errors import BudgetExhausted, ChargeConflict, NoGuarantee, PrivacyError
-from privfed.privacy.events import Charge, Gaussian, PrivacyUnit
+from privfed.privacy.events import Charge, PrivacyUnit
 from privfed.privacy.ledger import Entry, Ledger
-from privfed.privacy.oracle.door import ALL, Door, DoorSettings, Records, charge, group
-from privfed.privacy.oracle.opacus import OpacusDoor
-from privfed.privacy.oracle.plain import PlainDoor
+from privfed.privacy.shared import ClientSum, RecordSum
 
 from . import evaluation, parameters, wire
 from .config import Config, Policy
-from .data.records import SiteData, keyed_fraction
+from .contribution import Contribution, contribute
+from .data.records import SiteData
+from .doors import Split, local_door, split
 from .errors import LedgerKeyError, PrivfedError
 from .methods import Local, State
-from .models import classification_loss, mlp
+from .models import classification_loss
 from .policy import PolicyRefusal, check_policy
+from .terms import (
+    Grid,
+    Schema,
+    build_model,
+    key_holder_of,
+    parameter_count,
+    plan_encoding,
+    planned_charges,
+    session_of,
+)
 
 logger = logging.getLogger(__name__)
 
 MAX_PARAMETER = 1e4
-
-
-@dataclass(frozen=True)
-class Schema:
-    """What is public about every site's table."""
-
-    features: int
-    classes: int
-
-
-def build_model(config: Config, schema: Schema) -> nn.Module:
-    """The run's network at its public start parameters."""
-    return mlp(schema.features, config.model.hidden, schema.classes, seed=config.seed)
-
-
-def parameter_count(config: Config, schema: Schema) -> int:
-    """How many parameters the run's network has, without building it."""
-    widths = [schema.features, *config.model.hidden, schema.classes]
-    return sum((above + 1) * below for above, below in itertools.pairwise(widths))
-
-
-def session_of(plan: wire.RoundPlan, context: bytes, dim: int) -> Session:
-    """The aggregation session that a party derives from the plan and model it holds."""
-    return Session(
-        run=plan.run,
-        round=plan.round,
-        attempt=plan.attempt,
-        cohort=plan.cohort,
-        dim=dim,
-        bound=grid_of(plan.config).bound,
-        threshold=plan.threshold,
-        minimum_cohort=plan.minimum_cohort,
-        colluders=plan.colluders,
-        degree=plan.degree,
-        context=context,
-    )
-
-
-KEY_HOLDER = "key-holder"
-"""The name in the roster of a key holder that is no site."""
-
-
-def needs_key_holder(config: Config) -> bool:
-    """Whether the run encrypts what the sites send."""
-    return config.aggregation.kind == "homomorphic" and config.method.sends
-
-
-def key_holder_of(config: Config, roster: Roster) -> int | None:
-    """The roster index of the party that decrypts, None where nothing is encrypted.
-
-    Raises:
-        ValueError: the roster has no such member.
-    """
-    if not needs_key_holder(config):
-        return None
-    name = config.aggregation.key_holder or KEY_HOLDER
-    for index, member in enumerate(roster.members):
-        if member.name == name:
-            return index
-    raise ValueError(f"homomorphic aggregation needs a key holder; the roster has no member named {name!r}")
-
-
-def grid_of(config: Config) -> FixedPoint:
-    """The integer grid that every site of the run encodes to."""
-    return FixedPoint(fraction_bits=config.aggregation.fraction_bits, limit=config.aggregation.limit)
-
-
-def split_id(config: Config) -> str:
-    """Names the keyed-hash split of a run's training records, for the ledger.
-
-    Parts compose in parallel under one name only. So the name changes with whatever could move a record to another
-    part: the seed, how records get their ids, where the parts' borders are.
-    """
-    terms = (config.seed, config.data, sorted(config.method.parts.items()))
-    return f"hash-{hashlib.sha256(msgspec.msgpack.encode(terms)).hexdigest()[:12]}"
-
-
-def planned_charges(config: Config, noise_multiplier: float, participations: int = 1) -> tuple[Charge, ...]:
-    """What ``participations`` rounds of the run will cost one site, known before any record is touched."""
-    if config.privacy.unit is PrivacyUnit.NONE:
-        return ()
-    return tuple(
-        charge(
-            group(split_id(config), queries.part),
-            config.privacy.sample_rate,
-            noise_multiplier,
-            queries.count * participations,
-        )
-        for queries in config.method.queries()
-    )
-
-
-@dataclass(frozen=True)
-class _Split:
-    """A site's records by purpose."""
-
-    train: SiteData = field(repr=False)
-    test: SiteData = field(repr=False)
-    parts: dict[str, Tensor] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -152,6 +61,7 @@ class _Round:
 
     round: int
     client: AggregationClient
+    settle: Callable[[tuple[int, ...]], None] | None = None  # told who is in the sum, where the charge depends on it
 
 
 class _Replayable:
@@ -239,7 +149,7 @@ class Site:
         self._noise_key, self._split_key = noise_key, split_key
         self._insecure, self._policy = insecure, policy
         self._run: tuple[str, Config, float] | None = None
-        self._split: _Split | None = None
+        self._split: Split | None = None
         self._private: State | None = None
         self._local_only: Tensor | None = None
         self._current: _Round | None = None
@@ -302,7 +212,7 @@ class Site:
     @property
     def insecure_spends(self) -> bool:
         """Whether some release of this site, in whatever run, had noise that others can recompute: its ε is void."""
-        return any(line.entry.insecure_seed for line in self._ledger.entries(self.name) if line.entry.kind == "charge")
+        return any(line.entry.insecure_seed for line in self._ledger.entries(self.name) if line.entry.charges)
 
     # One round
 
@@ -314,76 +224,110 @@ class Site:
         reason = config.method.guarantee(config.privacy.unit, config.privacy.noise)
         if reason is not None:
             raise NoGuarantee(reason)
+        encoding = plan_encoding(plan, len(state["theta"]))
         if config.privacy.unit is not PrivacyUnit.NONE and not self._charged(plan):
             prior = self._ledger.charges(self.name, self._dataset)
-            expected = planned_charges(config, plan.noise_multiplier)
-            self._afford(config, prior, expected)
+            self._afford(config, prior, planned_charges(config, encoding, plan.noise_multiplier))
         context = wire.context(message.plan, message.state)
-        session = session_of(plan, context, len(state["theta"]))
+        settle: Callable[[tuple[int, ...]], None] | None = None
+        if isinstance(encoding, ClientSum | RecordSum) and not encoding.at_server:
+            shared = encoding
+
+            def settle(summed: tuple[int, ...]) -> None:
+                self._settle(plan, shared, context, summed)
 
         def vector() -> IntVector:
-            return self._contribute(plan, state, context)
+            return self._contribute(plan, state, encoding, context)
 
+        client = self._client(plan, session_of(plan, context, encoding), vector)
+        self._current, self._begun = _Round(plan.round, client, settle), (plan.run, plan.round)
+        return client.receive(message.opening)
+
+    def _client(self, plan: wire.RoundPlan, session: Session, vector: VectorSource) -> AggregationClient:
+        """This site's machine in the plan's aggregation."""
+        config = plan.config
         if config.aggregation.kind == "plain":
-            client: AggregationClient = PlainClient(
-                session=session, index=self._index, vector=vector, journal=self._journal
-            )
-        elif config.aggregation.kind == "homomorphic":
-            # From this site's own roster: who holds the key is not for the plan to say.
-            key_holder = key_holder_of(config, self._roster)
-            if key_holder is None or key_holder != plan.key_holder:
-                raise wire.WireError("the plan names another key holder than this site's roster and the configuration")
-            client = HomomorphicClient(
-                session=session,
-                key_holder=key_holder,
-                identity=self._identity,
-                roster=self._roster,
-                vector=vector,
-                journal=self._journal,
-            )
-        else:
-            client = MaskedClient(
+            return PlainClient(session=session, index=self._index, vector=vector, journal=self._journal)
+        if config.aggregation.kind == "masked":
+            return MaskedClient(
                 session=session, identity=self._identity, roster=self._roster, vector=vector, journal=self._journal
             )
-        self._current, self._begun = _Round(plan.round, client), (plan.run, plan.round)
-        return client.receive(message.opening)
+        # From this site's own roster: who holds the key is not for the plan to say.
+        key_holder = key_holder_of(config, self._roster)
+        if key_holder is None or key_holder != plan.key_holder:
+            raise wire.WireError("the plan names another key holder than this site's roster and the configuration")
+        return HomomorphicClient(
+            session=session,
+            key_holder=key_holder,
+            identity=self._identity,
+            roster=self._roster,
+            vector=vector,
+            journal=self._journal,
+        )
 
     def _step(self, message: wire.Step) -> bytes:
         # Fail closed: without this round's state there is nothing that may be said, least of all an unmasked vector.
-        if self._current is None or self._current.round != message.round:
+        current = self._current
+        if current is None or current.round != message.round:
             raise wire.WireError(f"{self.name} has no round {message.round} in progress")
-        return self._current.client.receive(message.payload)
+        reply = current.client.receive(message.payload)
+        if current.settle is not None and isinstance(current.client, MaskedClient) and current.client.summed:
+            current.settle(current.client.summed)
+        return reply
 
-    def _contribute(self, plan: wire.RoundPlan, state: State, context: bytes) -> IntVector:
-        """int64[P]: the site's update, noised, charged and on the integer grid."""
+    def _contribute(
+        self, plan: wire.RoundPlan, state: State, encoding: Grid | ClientSum | RecordSum, context: bytes
+    ) -> IntVector:
+        """int64[dim]: the site's update, noised, charged and as integers."""
         config = plan.config
         labels: tuple[bytes, ...] = (plan.round.to_bytes(8, "big"), plan.attempt.to_bytes(8, "big"))
         if not self._insecure:  # a known seed is for comparing runs: it gives every run the same noise
             labels += (bytes.fromhex(self._fingerprint), plan.run.encode(), context)
-        key = noise.derive_key(self._noise_key, b"round", *labels)
-        door = self._door(plan, noise.generator(key))
-        update = config.method.contribute(state, door)
-        expected = planned_charges(config, plan.noise_multiplier)
-        if sorted(door.charges, key=repr) != sorted(expected, key=repr):
-            raise PrivfedError(
-                f"method {type(config.method).__name__} executed {door.charges}, declared {expected}: not released"
-            )
-        # An update without noise is booked as what it is: ε of these records is infinite from now on.
-        charges = door.charges or (Charge(event=Gaussian(noise_multiplier=0.0)),)
-        entry = Entry(
+        given = contribute(
+            config,
+            self._schema,
+            self._split_of(config),
+            state,
+            encoding,
+            noise_multiplier=plan.noise_multiplier,
+            key=noise.derive_key(self._noise_key, b"round", *labels),
+        )
+        self._book(plan, given, context)
+        return given.vector
+
+    def _book(self, plan: wire.RoundPlan, given: Contribution, context: bytes) -> None:
+        """Have the spend on disk; refuse it if it is beyond the budget."""
+        config = plan.config
+        entry = self._entry(plan, given.charges, context)
+        claimed = config.privacy.unit is not PrivacyUnit.NONE
+        check = (lambda prior, new: self._afford(config, prior, new)) if claimed else None
+        if given.in_shares:
+            self._ledger.reserve(msgspec.structs.replace(entry, kind="reserve"), check)
+        else:
+            self._ledger.charge(entry, check)
+
+    def _settle(
+        self, plan: wire.RoundPlan, encoding: ClientSum | RecordSum, context: bytes, summed: tuple[int, ...]
+    ) -> None:
+        """Book the noise that the sum really carries: this site has checked who is in it, by their signatures."""
+        entry = self._entry(plan, (Charge(encoding.event(len(summed))),), context)
+        who = ",".join(map(str, summed))
+        metadata = {**entry.metadata, "summed": hashlib.sha256(who.encode()).hexdigest()}
+        self._ledger.settle(msgspec.structs.replace(entry, kind="settle", metadata=metadata))
+
+    def _entry(self, plan: wire.RoundPlan, charges: tuple[Charge, ...], context: bytes) -> Entry:
+        return Entry(
             site=self.name,
             dataset=self._dataset,
             run=plan.run,
             round=plan.round,
             attempt=plan.attempt,
-            unit=config.privacy.unit,
-            noise=config.privacy.noise,
+            unit=plan.config.privacy.unit,
+            noise=plan.config.privacy.noise,
             charges=charges,
             insecure_seed=self._insecure,
             metadata={"context": context.hex(), "records": self._fingerprint},
         )
-        self._ledger.charge(entry, (lambda prior, new: self._afford(config, prior, new)) if door.charges else None)
-        return grid_of(config).encode(update[0].numpy())
 
     def _evaluate(self, message: wire.Evaluate) -> wire.Measurement:
         plan, state = self._accept(message.plan, message.state)
@@ -394,29 +338,29 @@ class Site:
             raise wire.WireError(f"{self.name} measures the rounds that it took part in; it did not begin {plan.round}")
         self._measured = (plan.run, plan.round)
         self._current = None
-        config, split = plan.config, self._split_of(plan.config)
+        config, records = plan.config, self._split_of(plan.config)
         model = build_model(config, self._schema)
         if self._private is None:
             self._private = config.method.init_site(parameters.to_vector(model))
-        local_door = self._local_door(config)
-        self._private = config.method.personalize(state, self._private, local_door)
+        door = local_door(config, self._schema, records)
+        self._private = config.method.personalize(state, self._private, door)
         if self._local_only is None:
             start = parameters.to_vector(model)
             alone = Local(steps=config.evaluation.local_steps, lr=config.evaluation.local_lr)
-            self._local_only = alone.personalize(state, alone.init_site(start), local_door)["theta"]
+            self._local_only = alone.personalize(state, alone.init_site(start), door)["theta"]
 
         def outputs(theta: Tensor) -> Tensor:
-            return evaluation.outputs_of(model, theta, split.test.inputs)
+            return evaluation.outputs_of(model, theta, records.test.inputs)
 
         def figure(theta: Tensor) -> float | None:
-            return evaluation.score(outputs(theta), split.test.targets, config.evaluation.metric)
+            return evaluation.score(outputs(theta), records.test.targets, config.evaluation.metric)
 
         epsilon = None if config.privacy.unit is PrivacyUnit.NONE else self.spent(config.privacy.delta).value
         if not self._policy.release_figures:
             return wire.Measurement(0, None, None, None, None, epsilon)
-        loss = classification_loss(outputs(state["theta"]), split.test.targets)
+        loss = classification_loss(outputs(state["theta"]), records.test.targets)
         return wire.Measurement(
-            records=len(split.test),
+            records=len(records.test),
             loss=float(loss.mean()) if len(loss) else None,
             global_score=figure(state["theta"]),
             personalized=figure(self._private["theta"]),
@@ -476,7 +420,7 @@ class Site:
     def _charged(self, plan: wire.RoundPlan) -> bool:
         """Whether this very attempt stands in the ledger: a process killed in it does it again, and pays once."""
         key = (plan.run, plan.round, plan.attempt)
-        recorded = (line.entry for line in self._ledger.entries(self.name) if line.entry.kind == "charge")
+        recorded = (line.entry for line in self._ledger.entries(self.name) if line.entry.kind in ("charge", "reserve"))
         return any((entry.run, entry.round, entry.attempt) == key for entry in recorded)
 
     def _afford(self, config: Config, prior: tuple[Charge, ...], new: tuple[Charge, ...]) -> None:
@@ -488,62 +432,7 @@ class Site:
 
     # The doors
 
-    def _split_of(self, config: Config) -> _Split:
+    def _split_of(self, config: Config) -> Split:
         if self._split is None:
-            data = self._data
-            test = keyed_fraction(data.ids, key=self._split_key, label="test") < config.evaluation.test_fraction
-            train = data.rows(~test)
-            where = keyed_fraction(train.ids, key=self._split_key, label="parts")
-            parts = {ALL: np.ones(len(train), dtype=bool)}
-            low = 0.0
-            for name, fraction in config.method.parts.items():
-                parts[name] = (where >= low) & (where < low + fraction)
-                low += fraction
-            rows = {name: _tensor_rows(mask) for name, mask in parts.items()}
-            self._split = _Split(train, data.rows(test), rows)
+            self._split = split(config, self._data, self._split_key)
         return self._split
-
-    def _records(self, config: Config) -> Records:
-        split = self._split_of(config)
-        return Records(split.train.inputs, split.train.targets, split.parts, split_id(config))
-
-    def _door(self, plan: wire.RoundPlan, randomness: np.random.Generator) -> Door:
-        """The door that the run's claim demands."""
-        config = plan.config
-        model = build_model(config, self._schema)
-        if config.privacy.unit is PrivacyUnit.NONE:
-            return PlainDoor(
-                model=model,
-                loss=classification_loss,
-                records=self._records(config),
-                sample_rate=config.privacy.sample_rate,
-                randomness=randomness,
-            )
-        settings = DoorSettings(
-            sample_rate=config.privacy.sample_rate,
-            expected_batch_size=config.privacy.expected_batch_size,
-            max_grad_norm=config.privacy.max_grad_norm,
-            noise_multiplier=plan.noise_multiplier,
-            part_fractions=config.method.parts,
-        )
-        return OpacusDoor(
-            model=model,
-            loss=classification_loss,
-            records=self._records(config),
-            settings=settings,
-            randomness=randomness,
-        )
-
-    def _local_door(self, config: Config) -> Door:
-        """Exact and full-batch, for models that never leave this site."""
-        return PlainDoor(
-            model=build_model(config, self._schema),
-            loss=classification_loss,
-            records=self._records(config),
-            sample_rate=1.0,
-            randomness=np.random.default_rng(0),
-        )
-
-
-def _tensor_rows(mask: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.flatnonzero(mask))

@@ -141,7 +141,7 @@ def summarize(
             noise_multiplier=noise_multiplier,
             accountant=largest.accountant if private else "none",
             adjacency="add-or-remove-one",
-            sampling=f"Poisson, rate {config.privacy.sample_rate:g}",
+            sampling=f"Poisson, rate {config.privacy.rate:g}",
             insecure_seed=insecure or config.privacy.insecure_seed is not None,
         ),
         utility=UtilitySummary(

@@ -76,6 +76,8 @@ class MaskedClient:
             m.UNMASK: (m.Reveal, self._reveal),
         }
         self._complained = False
+        self.summed: tuple[int, ...] = ()
+        """Whose inputs the sum holds, once enough of them have signed so; empty before."""
         self._forget()
 
     @property
@@ -230,6 +232,7 @@ class MaskedClient:
             if signer == self._index and signature == self._consent_signature:
                 continue
             self._verify(self._roster.members[signer].secagg_key, signature, view)
+        self.summed = self._survivors
         # One kind of share for each dealer, never both: both would open its input alone.
         dealers = [neighbour for neighbour in self._graph.neighbours(self._index) if neighbour in self._held]
         return m.Shares(

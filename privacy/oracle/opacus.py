@@ -60,13 +60,9 @@ class OpacusDoor:
         return self._meter.drawn(sample(self._records, part, self._settings.sample_rate, self._randomness))
 
     def gradient(self, theta: Tensor, batch: Batch) -> Tensor:
-        check_theta(theta, self._size)
-        vector_to_parameters(theta[0].double(), self._parameters)
-        self._meter.query(batch)
-        clipped_sum = self._clipped_sum(self._records.inputs[batch._rows], self._records.targets[batch._rows])
         return (
             release(
-                clipped_sum,
+                self._unnoised_sum(theta, batch),
                 noise_multiplier=self._settings.noise_multiplier,
                 max_grad_norm=self._settings.max_grad_norm,
                 expected_batch_size=self._settings.denominator(batch._part),
@@ -79,6 +75,17 @@ class OpacusDoor:
     @property
     def charges(self) -> tuple[Charge, ...]:
         return self._meter.charges
+
+    def _unnoised_sum(self, theta: Tensor, batch: Batch) -> Tensor:
+        """float64[P]: what a release adds its noise to. For doors alone: this has left no door yet."""
+        check_theta(theta, self._size)
+        vector_to_parameters(theta[0].double(), self._parameters)
+        self._meter.query(batch)
+        return self._sum_over(batch._rows)
+
+    def _sum_over(self, rows: Tensor) -> Tensor:
+        """float64[P]: the clipped sum over ``rows`` at the parameters that were set."""
+        return self._clipped_sum(self._records.inputs[rows], self._records.targets[rows])
 
     def _clipped_sum(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """float64[P]: Σ over records of g · min(1, C/‖g‖)."""

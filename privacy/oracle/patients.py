@@ -49,7 +49,6 @@ class PatientDoor(OpacusDoor):
             raise ValueError(f"patients must own {len(records)} rows, got {len(patients.owner)}")
         _refuse_divided_patients(records, patients)
         self._patients, self._sampling, self._max_records = patients, sampling, max_records
-        self._owners: Tensor | None = None  # of the batch that is being clipped as patients
         super().__init__(model=model, loss=loss, records=records, settings=settings, randomness=randomness)
 
     def draw(self, part: str = ALL) -> Batch:
@@ -58,13 +57,6 @@ class PatientDoor(OpacusDoor):
             rows = self._patients.at_most(self._max_records, rows)
             return self._meter.drawn(Batch(part, rows[poisson_sample(len(rows), rate, self._randomness)]))
         return self._meter.drawn(Batch(part, self._patients.draw(rows, rate, self._randomness)))
-
-    def gradient(self, theta: Tensor, batch: Batch) -> Tensor:
-        self._owners = self._patients.owner[batch._rows] if self._sampling == "patient" else None
-        try:
-            return super().gradient(theta, batch)
-        finally:
-            self._owners = None
 
     @property
     def charges(self) -> tuple[Charge, ...]:
@@ -82,12 +74,12 @@ class PatientDoor(OpacusDoor):
             max_records=self._max_records,
         )
 
-    def _clipped_sum(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        owners = self._owners
-        if owners is None:
-            return super()._clipped_sum(inputs, targets)
-        self._backward(inputs, targets)
-        return clipped_patient_sum([p.grad_sample for p in self._parameters], owners, self._settings.max_grad_norm)
+    def _sum_over(self, rows: Tensor) -> Tensor:
+        if self._sampling == "record":
+            return super()._sum_over(rows)
+        self._backward(self._records.inputs[rows], self._records.targets[rows])
+        grads = [parameter.grad_sample for parameter in self._parameters]
+        return clipped_patient_sum(grads, self._patients.owner[rows], self._settings.max_grad_norm)
 
 
 def _refuse_divided_patients(records: Records, patients: Patients) -> None:

@@ -129,7 +129,7 @@ def _claim(ready: Preparation) -> str:
     goal = f"target ε = {privacy.target_epsilon:g}" if privacy.noise_multiplier is None else "fixed noise"
     return (
         f"{privacy.unit.value} unit, {privacy.noise.value} noise, {goal} at δ = {privacy.delta:g} "
-        f"(σ/C = {ready.noise_multiplier:.4g}, Poisson rate {privacy.sample_rate:g})"
+        f"(σ/C = {ready.noise_multiplier:.4g}, Poisson rate {privacy.rate:g})"
     )
 
 

@@ -18,11 +18,18 @@ class SiteData:
         ids: uint64[n]: stands for each record in the keyed split, whatever else is in the table.
         inputs: float32[n, F], standardised from public ranges.
         targets: int64[n], class numbers.
+        patients: uint64[n]: stands for the patient of each record; None where the table names none.
     """
 
     ids: NDArray[np.uint64] = field(repr=False)
     inputs: Tensor = field(repr=False)
     targets: Tensor = field(repr=False)
+    patients: NDArray[np.uint64] | None = field(default=None, repr=False)
+
+    @property
+    def units(self) -> NDArray[np.uint64]:
+        """uint64[n]: what is kept together in a split: all records of a patient, else each record alone."""
+        return self.ids if self.patients is None else self.patients
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -30,12 +37,14 @@ class SiteData:
     def rows(self, mask: NDArray[np.bool_]) -> "SiteData":
         """The records where ``mask`` bool[n] is true."""
         keep = torch.from_numpy(np.flatnonzero(mask))
-        return SiteData(self.ids[mask], self.inputs[keep], self.targets[keep])
+        patients = None if self.patients is None else self.patients[mask]
+        return SiteData(self.ids[mask], self.inputs[keep], self.targets[keep], patients)
 
     def fingerprint(self, key: bytes) -> str:
         """Hex HMAC-SHA256 of the records: names the data set in a ledger, and tells nothing without the site's key."""
         digest = hmac.new(key, digestmod=hashlib.sha256)
-        for array in (self.ids, self.inputs.numpy(), self.targets.numpy()):
+        arrays = [self.ids, self.inputs.numpy(), self.targets.numpy()]
+        for array in arrays if self.patients is None else [*arrays, self.patients]:
             digest.update(repr((array.dtype.str, array.shape)).encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from privfed.privacy.events import NoiseSite, PrivacyUnit
 from privfed.privacy.oracle.door import ALL, Door
 
-from .method import Queries, Rate, State, Steps, descend, record_level_local
+from .method import Queries, Rate, State, Steps, descend, fine_tuned, post_processing
 
 
 class FedAvg(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="name", tag="fedavg"):
@@ -19,7 +19,8 @@ class FedAvg(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     Personalisation is fine-tuning from w at evaluation only.
 
     Guarantees:
-        Record unit, local noise: P(q, σ) × local_steps a participation, by post-processing of the door's answers.
+        Record or patient unit, local noise: P(q, σ) × local_steps a participation, by post-processing of the door's
+        answers.
     """
 
     local_steps: Annotated[Steps, Meta(description="τ, gradient steps a round at a site")] = 2
@@ -34,7 +35,7 @@ class FedAvg(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return (Queries(ALL, self.local_steps),)
 
     def guarantee(self, unit: PrivacyUnit, noise: NoiseSite) -> str | None:
-        return record_level_local(unit, noise)
+        return post_processing(unit, noise)
 
     def init_server(self, theta: Tensor) -> State:
         return {"theta": theta}
@@ -47,8 +48,7 @@ class FedAvg(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return descend(start, door, steps=self.local_steps, lr=self.lr) - start
 
     def personalize(self, broadcast: State, private: State, local_door: Door) -> State:
-        start = broadcast["theta"].unsqueeze(0)
-        return {"theta": descend(start, local_door, steps=self.personal_steps, lr=self.personal_lr)[0]}
+        return fine_tuned(broadcast, local_door, steps=self.personal_steps, lr=self.personal_lr)
 
     def serve(self, state: State, mean_update: Tensor, progress: float) -> State:
         return {"theta": state["theta"] + mean_update}

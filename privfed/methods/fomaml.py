@@ -10,7 +10,7 @@ from torch import Tensor
 from privfed.privacy.events import NoiseSite, PrivacyUnit
 from privfed.privacy.oracle.door import Door
 
-from .method import Queries, Rate, State, Steps, descend, record_level_local
+from .method import Queries, Rate, State, Steps, descend, fine_tuned, post_processing
 
 SUPPORT, QUERY = "support", "query"
 
@@ -38,7 +38,7 @@ class Fomaml(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return (Queries(SUPPORT, self.inner_steps), Queries(QUERY, 1))
 
     def guarantee(self, unit: PrivacyUnit, noise: NoiseSite) -> str | None:
-        return record_level_local(unit, noise)
+        return post_processing(unit, noise)
 
     def init_server(self, theta: Tensor) -> State:
         return {"theta": theta}
@@ -52,8 +52,7 @@ class Fomaml(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return -self.outer_lr * door.gradient(adapted, door.draw(QUERY))
 
     def personalize(self, broadcast: State, private: State, local_door: Door) -> State:
-        start = broadcast["theta"].unsqueeze(0)
-        return {"theta": descend(start, local_door, steps=self.personal_steps, lr=self.personal_lr)[0]}
+        return fine_tuned(broadcast, local_door, steps=self.personal_steps, lr=self.personal_lr)
 
     def serve(self, state: State, mean_update: Tensor, progress: float) -> State:
         return {"theta": state["theta"] + mean_update}

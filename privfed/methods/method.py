@@ -6,11 +6,13 @@ reach an update by mistake. Every tensor is [K, P]: K models at once, K = 1 at a
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Protocol
+from typing import Annotated, ClassVar, Protocol, runtime_checkable
 
 from msgspec import Meta
 from torch import Tensor
 
+from privfed.privacy.adversaries import check_supported
+from privfed.privacy.errors import NoGuarantee
 from privfed.privacy.events import NoiseSite, PrivacyUnit
 from privfed.privacy.oracle.door import ALL, Door
 
@@ -65,6 +67,15 @@ class FederatedMethod(Protocol):
         ...
 
 
+@runtime_checkable
+class SingleQuery(Protocol):
+    """A method whose update is the door's one answer, unchanged: all that noise in shares covers."""
+
+    def point(self, broadcast: State) -> Tensor:
+        """float32[1, P]: where the gradient is asked; a function of what the server sent alone."""
+        ...
+
+
 def descend(theta: Tensor, door: Door, *, steps: int, lr: float, part: str = ALL) -> Tensor:
     """``steps`` of gradient descent from theta [K, P], each on a fresh draw."""
     for _ in range(steps):
@@ -72,13 +83,33 @@ def descend(theta: Tensor, door: Door, *, steps: int, lr: float, part: str = ALL
     return theta
 
 
-def record_level_local(unit: PrivacyUnit, noise: NoiseSite) -> str | None:
-    """The guarantee of a method that sends nothing but post-processed answers of a door noised at the site."""
+def post_processing(unit: PrivacyUnit, noise: NoiseSite) -> str | None:
+    """The guarantee of a method that sends one vector, made of nothing but post-processed answers of its door.
+
+    With noise added at the site, whatever is made of it costs nothing more. Where the whole vector is clipped and
+    noised as one (client), what it was made of does not matter.
+    """
     if unit is PrivacyUnit.NONE:
         return None
-    if unit is PrivacyUnit.RECORD and noise is NoiseSite.LOCAL:
+    try:
+        check_supported(unit, noise)
+    except NoGuarantee as refusal:
+        return str(refusal)
+    if unit is PrivacyUnit.CLIENT or noise is NoiseSite.LOCAL:
         return None
     return (
-        f"privacy.unit = {unit.value!r} with privacy.noise = {noise.value!r} has no proof for this method here: "
-        "use unit = 'record' with noise = 'local', or unit = 'none' for a run without a claim"
+        f"privacy.noise = {noise.value!r} with privacy.unit = {unit.value!r} covers one gradient a round, and this "
+        "method goes on from it at the site: use method.name = 'fedsgd', or privacy.noise = 'local'"
     )
+
+
+def one_answer(unit: PrivacyUnit, noise: NoiseSite) -> str | None:
+    """The guarantee of a `SingleQuery`: what `post_processing` proves, and noise in shares."""
+    if noise is NoiseSite.DISTRIBUTED and unit in (PrivacyUnit.RECORD, PrivacyUnit.PATIENT):
+        return None
+    return post_processing(unit, noise)
+
+
+def fine_tuned(broadcast: State, local_door: Door, *, steps: int, lr: float) -> State:
+    """A personal model: the server's, adapted on the site's own records alone."""
+    return {"theta": descend(broadcast["theta"].unsqueeze(0), local_door, steps=steps, lr=lr)[0]}

@@ -10,7 +10,7 @@ from torch import Tensor
 from privfed.privacy.events import NoiseSite, PrivacyUnit
 from privfed.privacy.oracle.door import ALL, Door
 
-from .method import Queries, Rate, State, Steps, descend, record_level_local
+from .method import Queries, Rate, State, Steps, descend, fine_tuned, post_processing
 
 
 class Reptile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="name", tag="reptile"):
@@ -19,8 +19,8 @@ class Reptile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     The outer rate ε falls linearly from ``outer_lr`` to 0 over the run, as in the paper's experiments.
 
     Guarantees:
-        Record unit, local noise: P(q, σ) × inner_steps a participation: θ_k − w is post-processing of the door's
-        answers (Li et al. 2020, "Differentially private meta-learning", Section 3).
+        Record or patient unit, local noise: P(q, σ) × inner_steps a participation: θ_k − w is post-processing of the
+        door's answers (Li et al. 2020, "Differentially private meta-learning", Section 3).
     """
 
     inner_steps: Annotated[Steps, Meta(description="τ, gradient steps a round at a site")] = 2
@@ -38,7 +38,7 @@ class Reptile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         return (Queries(ALL, self.inner_steps),)
 
     def guarantee(self, unit: PrivacyUnit, noise: NoiseSite) -> str | None:
-        return record_level_local(unit, noise)
+        return post_processing(unit, noise)
 
     def init_server(self, theta: Tensor) -> State:
         return {"theta": theta}
@@ -51,8 +51,7 @@ class Reptile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         return descend(start, door, steps=self.inner_steps, lr=self.inner_lr) - start
 
     def personalize(self, broadcast: State, private: State, local_door: Door) -> State:
-        start = broadcast["theta"].unsqueeze(0)
-        return {"theta": descend(start, local_door, steps=self.personal_steps, lr=self.personal_lr)[0]}
+        return fine_tuned(broadcast, local_door, steps=self.personal_steps, lr=self.personal_lr)
 
     def serve(self, state: State, mean_update: Tensor, progress: float) -> State:
         return {"theta": state["theta"] + self.outer_lr * (1.0 - progress) * mean_update}

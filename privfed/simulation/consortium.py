@@ -18,7 +18,8 @@ from ..data.records import Sites, public_split_key
 from ..engines.local import Engine, Handler, LocalEngine
 from ..errors import ConfigError, RunFolderError
 from ..key_holder import KeyHolder, SiteWithKey
-from ..site import KEY_HOLDER, Schema, Site, needs_key_holder
+from ..site import Site
+from ..terms import KEY_HOLDER, Schema, needs_key_holder
 from .faults import FaultyEngine
 
 

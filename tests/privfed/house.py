@@ -22,7 +22,8 @@ from privfed.parameters import encode, to_vector
 from privfed.privacy.accountant import Accountant
 from privfed.privacy.ledger import Ledger, Recorded
 from privfed.simulation.faults import FaultyEngine
-from privfed.site import Schema, Site, build_model
+from privfed.site import Site
+from privfed.terms import Schema, build_model, checked_encoding
 
 SCHEMA = Schema(features=3, classes=2)
 SIZE = 3 * 2 + 2  # logistic regression of three inputs on two classes
@@ -124,6 +125,13 @@ class House:
             "roster_version": 1,
         }
         return wire.RoundPlan(**{**fields, **changes})
+
+
+def fit(config: Config, n: int) -> Cohort:
+    """The cohort of ``n`` sites, checked as a run checks it before it starts."""
+    cohort = cohort_of(config, n)
+    checked_encoding(config, cohort, SIZE, config.privacy.noise_multiplier or 0.0)
+    return cohort
 
 
 class Tap:

@@ -79,7 +79,7 @@ def test_an_unknown_key_is_named_with_its_value_and_the_nearest(text: str, told:
         ("[[simulation.outages]]\nround = 1\nsite = 'a'\nstep = 'later'", ["outages[0].step = 'later'", "unmask"]),
         (
             "[method]\nname = 'fomalm'",
-            ["method.name = 'fomalm'", "'fedavg', 'reptile', 'fomaml', 'local'", "did you mean"],
+            ["method.name = 'fomalm'", "'fedavg', 'reptile', 'fomaml', 'fedsgd', 'local'", "did you mean"],
         ),
         ("[data]\nsource = 'breast-cancr'", ["data.source = 'breast-cancr'", "did you mean 'breast-cancer'?"]),
         ("method = 'fomaml'", ["method = 'fomaml'"]),
@@ -252,8 +252,11 @@ def test_a_configuration_built_in_python_is_checked_too(wrong: dict[str, Any]) -
     ("wrong", "told"),
     [
         ({"privacy": Privacy(target_epsilon=math.inf)}, "target_epsilon .* or noise_multiplier"),
-        ({"privacy": Privacy(unit=privfed.config.PrivacyUnit.CLIENT)}, "unit = 'client' .* no proof"),
-        ({"privacy": Privacy(noise=privfed.config.NoiseSite.CENTRAL)}, "noise = 'central' .* no proof"),
+        (
+            {"privacy": Privacy(unit=privfed.config.PrivacyUnit.CLIENT)},
+            "'client' with noise = 'local' hides each",
+        ),
+        ({"privacy": Privacy(noise=privfed.config.NoiseSite.CENTRAL)}, "with noise = 'central' sends un-noised sums"),
         (
             {"simulation": Simulation(outages=(Outage(round=0, site="hospital-9"),))},
             "no site 'hospital-9'; .*hospital-5",

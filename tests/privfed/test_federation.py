@@ -26,7 +26,7 @@ from privfed.federation import RoundReport
 from privfed.methods import FedAvg, Fomaml, Local, Reptile
 from privfed.privacy.events import PrivacyUnit
 
-from .house import House, Tap, changed, config
+from .house import SIZE, House, Tap, changed, config, fit
 
 STEPS = ("advertise", "share", "mask", "consistency", "unmask")
 
@@ -64,10 +64,10 @@ def test_the_coordinator_gets_the_mean_of_what_arrived(house: House, lost: set[s
     tap = Tap(LocalEngine(house.sites), lambda site, request, reply: None if site in lost else reply)
     _, theta = run(house, settings, engine=tap)
     from privfed.crypto.packing import decode, unpack
-    from privfed.site import grid_of
+    from privfed.terms import encoding_of
 
     answers = [wire.decode_reply(reply) for site, _, reply in tap.log if site not in lost]
-    bits = (2 * 5 * grid_of(settings).bound).bit_length()
+    bits = (2 * 5 * encoding_of(settings, cohort_of(settings, 5), SIZE, 0.0).bound).bit_length()
     vectors = [
         decode(unpack(msgspec.msgpack.decode(answer.payload)[-1], dim=8, bits=bits), bits)
         for answer in answers
@@ -318,12 +318,12 @@ def test_the_local_method_needs_no_cohort_and_spends_nothing(tmp_path: Path, sit
 )
 def test_a_cohort_that_can_not_be_is_a_configuration_error(n: int, aggregation: Aggregation, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        cohort_of(config(aggregation=aggregation), n)
+        fit(config(aggregation=aggregation), n)
 
 
 @pytest.mark.parametrize("n", [3, 4, 5, 8, 40])
 def test_the_defaults_fit_every_cohort(n: int) -> None:
-    cohort = cohort_of(config(), n)
+    cohort = fit(config(), n)
     assert 2 * cohort.threshold > n + cohort.colluders
     assert cohort.minimum_cohort >= 3
     assert cohort.tolerated_dropouts >= (1 if n >= 4 else 0)

@@ -20,9 +20,9 @@ from privfed.key_holder import KeyHolder
 from privfed.methods import FedAvg
 from privfed.parameters import to_vector
 from privfed.simulation.faults import FaultyEngine
-from privfed.site import KEY_HOLDER, build_model
+from privfed.terms import KEY_HOLDER, build_model
 
-from .house import SCHEMA, House, Tap, changed, config
+from .house import SCHEMA, House, Tap, changed, config, fit
 
 HOMOMORPHIC = Aggregation(kind="homomorphic")
 
@@ -129,7 +129,7 @@ def test_what_does_not_fit_is_refused_before_anything_runs(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="homomorphic aggregation needs at least 3 sites, there are 2"):
         cohort_of(config(aggregation=HOMOMORPHIC), 2)
     with pytest.raises(ConfigError, match="at most 64 clients within its noise budget, got 65"):
-        cohort_of(config(aggregation=HOMOMORPHIC), 65)
+        fit(config(aggregation=HOMOMORPHIC), 65)
     with pytest.raises(ConfigError, match="belong to masked aggregation"):
         cohort_of(changed(config(aggregation=HOMOMORPHIC), "aggregation", threshold=3), 5)
     with pytest.raises(ConfigError, match="no site 'nobody'"):

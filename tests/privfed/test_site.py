@@ -20,7 +20,8 @@ from privfed.parameters import encode
 from privfed.privacy.events import Charge, NoiseSite, PoissonGaussian, PrivacyUnit
 from privfed.privacy.ledger import Ledger
 from privfed.privacy.oracle import plain as plain_module
-from privfed.site import Site, session_of, split_id
+from privfed.site import Site
+from privfed.terms import plan_encoding, session_of, split_id
 
 from .house import MARK, SIGMA, SIZE, House, changed, config, records, state_of
 
@@ -38,7 +39,7 @@ def begin(plan: wire.RoundPlan | bytes, state: bytes | None = None, opening: byt
     state = state_of() if state is None else state
     if opening is None:
         decoded = msgspec.msgpack.decode(plan_bytes, type=wire.RoundPlan)
-        session = session_of(decoded, wire.context(plan_bytes, state), SIZE)
+        session = session_of(decoded, wire.context(plan_bytes, state), plan_encoding(decoded, SIZE))
         server = PlainServer(session=session)
         opening = server.start()[0]
     return wire.encode(wire.Begin(0, "submission", plan_bytes, state, opening))
@@ -65,8 +66,8 @@ def refused(site: Site, request: bytes) -> wire.Refusal:
         (Policy(max_delta=1e-7), PLAIN, "max_delta = 1e-07, the plan has delta = 1e-05"),
         (Policy(), changed(PLAIN, "privacy", insecure_seed=3), "insecure_seed"),
         (Policy(minimum_cohort=5), config(), "minimum_cohort = 5, the plan would release a sum of 4"),
-        (Policy(), changed(PLAIN, "privacy", unit=PrivacyUnit.CLIENT), "no proof"),
-        (Policy(), changed(PLAIN, "privacy", noise=NoiseSite.DISTRIBUTED), "no proof"),
+        (Policy(), changed(PLAIN, "privacy", unit=PrivacyUnit.CLIENT), "leaves nothing to learn"),
+        (Policy(), changed(config(), "privacy", noise=NoiseSite.DISTRIBUTED), "use method.name = 'fedsgd'"),
     ],
 )
 def test_a_plan_below_the_policy_is_refused_for_good_with_the_line(
@@ -181,7 +182,9 @@ def test_a_refusal_ends_the_round_in_progress(house: House) -> None:
     """Whoever sends what no honest coordinator sends gets nothing more of this round."""
     site, plan = house.sites["a"], wire.encode_plan(house.plan(config()))
     decoded = wire.decode_plan(plan)
-    server = MaskedServer(session=session_of(decoded, wire.context(plan, state_of()), SIZE), roster=house.roster)
+    server = MaskedServer(
+        session=session_of(decoded, wire.context(plan, state_of()), plan_encoding(decoded, SIZE)), roster=house.roster
+    )
     assert isinstance(ask(site, begin(plan, opening=server.start()[0])), wire.Answer)
     assert "no round" not in refused(site, wire.encode(wire.Step(0, "share", b"garbage"))).reason
     assert "no round 0 in progress" in refused(site, wire.encode(wire.Step(0, "share", b"garbage"))).reason
@@ -212,7 +215,9 @@ def test_the_charge_is_in_the_ledger_before_the_answer_exists(house: House, tmp_
 def test_a_masked_round_charges_nothing_before_the_mask_step(house: House) -> None:
     plan = house.plan(config())
     plan_bytes = wire.encode_plan(plan)
-    server = MaskedServer(session=session_of(plan, wire.context(plan_bytes, state_of()), SIZE), roster=house.roster)
+    server = MaskedServer(
+        session=session_of(plan, wire.context(plan_bytes, state_of()), plan_encoding(plan, SIZE)), roster=house.roster
+    )
     requests, opening, paid = server.start(), True, {}
     while not server.done:
         for index, payload in requests.items():

@@ -1,0 +1,216 @@
+"""Real vectors as integers that carry their share of the noise, and the sum of many as reals again.
+
+A site's vector is rotated, scaled, rounded, held to a range, and gets its share of Skellam noise, in this order; after
+the noise nothing is cut. All constants follow from public numbers, so that every site and the server derive the same
+ones. Kairouz, Liu and Steinke 2021, Algorithm 1, with the noise of Agarwal, Kairouz and Liu 2021.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import NoGuarantee
+from .events import Skellam
+from .noise import derive_key, generator
+from .rotation import ConditionalRounding, Floats, Rotation, record_l2_bound, round_at_random
+from .skellam import MAX_VARIANCE, SharedNoise, add_share, coordinate_bound, share
+
+# Integer steps in C, in units of √d. What rounding adds to ε falls with them, what a site uploads grows by their
+# logarithm: at 100 a record's sensitivity grows by 1 %, at 10 a client's by 0.4 %.
+_RECORD_STEPS = (100.0, 50.0, 25.0, 12.5)
+_CLIENT_STEPS = (10.0,)
+_FLAT = 8.0  # a rotated vector's coordinates are Gaussian in all but name: beyond 8 of their deviations is nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedSum:
+    """What all sites' vectors have in common.
+
+    Args:
+        rotation: applied before rounding; its seed is public.
+        scale: s, integer steps per unit.
+        noise: the plan of the shares, or of the server's noise.
+        limit: L; integers are held to ±L before the noise.
+        divisor: what a site's vector is divided by in the mean: a public number of records, or 1.
+        at_server: the server adds all of the noise to the sum, and is trusted to. Sites then add none.
+
+    Guarantees:
+        Every |coordinate| that `encode` of a subclass returns is at most `bound`, always. One release of the sum of at
+        least ``noise.minimum_cohort`` such vectors is `event`, against whoever knows the shares of ``noise.colluders``
+        of them. With `at_server`, against whoever does not see the sum before the noise.
+    """
+
+    rotation: Rotation
+    scale: float
+    noise: SharedNoise
+    limit: int
+    divisor: float = 1.0
+    at_server: bool = False
+
+    @property
+    def dim(self) -> int:
+        """Coordinates that are sent, padding included."""
+        return self.rotation.padded_dim
+
+    @property
+    def bound(self) -> int:
+        """The largest magnitude of a coordinate that a site sends."""
+        return self.limit if self.at_server else coordinate_bound(self.limit, self.noise.share_variance)
+
+    def event(self, shares: int | None = None) -> Skellam:
+        """What one release is, with the shares that its sum carries; None: the fewest that it may carry."""
+        return self.noise.event(None if self.at_server else shares)
+
+    def add_noise(self, total: NDArray[np.int64], key: bytes) -> NDArray[np.int64]:
+        """int64[dim]: the sum with the server's noise; unchanged where the sites have added theirs."""
+        return total + share(key, self.dim, self.noise.share_variance) if self.at_server else total
+
+    def decode(self, total: NDArray[np.int64], *, summands: int) -> NDArray[np.float64]:
+        """float64[parameters]: the mean over ``summands`` sites from the noised sum int64[dim]."""
+        if summands < 1:
+            raise ValueError(f"summands must be at least 1, got {summands}")
+        return self.rotation.restore(total.astype(np.float64)) / (self.scale * summands * self.divisor)
+
+    def _noised(self, integers: NDArray[np.int64], key: bytes) -> NDArray[np.int64]:
+        if self.at_server:
+            return np.clip(integers, -self.limit, self.limit)
+        return add_share(
+            integers, limit=self.limit, variance=self.noise.share_variance, key=derive_key(key, b"noise share")
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientSum(SharedSum):
+    """Sums whose unit is a whole site: each site's vector is clipped as one."""
+
+    rounding: ConditionalRounding = field(repr=False)
+
+    def encode(self, update: Floats, key: bytes) -> NDArray[np.int64]:
+        """int64[dim] from float[parameters].
+
+        Args:
+            update: everything that the site sends, not only its model.
+            key: bytes[32], secret, for this release alone; equal keys and updates give equal vectors.
+
+        Raises:
+            ValueError: a coordinate is not finite.
+        """
+        return self._noised(self.rounding.encode(update, generator(derive_key(key, b"rounding"))), key)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordSum(SharedSum):
+    """Sums whose unit is a record or a patient: a summand of a site's vector, clipped before it was added up."""
+
+    def encode(self, clipped_sum: Floats, key: bytes) -> NDArray[np.int64]:
+        """int64[dim] from the sum of clipped gradients float[parameters]; ``key`` as of `ClientSum.encode`."""
+        scaled = self.rotation.rotate(clipped_sum) * self.scale
+        return self._noised(round_at_random(scaled, generator(derive_key(key, b"rounding"))), key)
+
+
+def client_sum(
+    parameters: int,
+    *,
+    noise_multiplier: float,
+    max_update_norm: float,
+    minimum_cohort: int,
+    colluders: int,
+    sites: int,
+    most_bits: int,
+    seed: bytes,
+    at_server: bool = False,
+) -> ClientSum:
+    """The finest sum of whole sites' vectors that fits.
+
+    Args:
+        parameters: coordinates of an update.
+        noise_multiplier: z, in units of ``max_update_norm``.
+        max_update_norm: C.
+        minimum_cohort, colluders: as of `SharedNoise`; of no account with ``at_server``.
+        sites: the most that are summed.
+        most_bits: of a coordinate of the sum.
+        seed: public, of the rotation.
+
+    Raises:
+        NoGuarantee: no scale that is fine enough fits.
+    """
+    rotation = Rotation(parameters, seed)
+
+    def at(steps: float) -> ClientSum:
+        scale = steps * math.sqrt(rotation.padded_dim) / max_update_norm
+        rounding = ConditionalRounding(rotation, max_update_norm, scale)
+        noise = SharedNoise(
+            noise_multiplier=noise_multiplier,
+            steps=max_update_norm * scale,
+            dim=rotation.padded_dim,
+            l2_bound=rounding.l2_bound,
+            l1_bound=rounding.l1_bound,
+            minimum_cohort=1 if at_server else minimum_cohort,
+            colluders=0 if at_server else colluders,
+        )
+        return ClientSum(
+            rotation=rotation, scale=scale, noise=noise, limit=rounding.bound, at_server=at_server, rounding=rounding
+        )
+
+    return _finest(map(at, _CLIENT_STEPS), sites, most_bits)
+
+
+def record_sum(
+    parameters: int,
+    *,
+    noise_multiplier: float,
+    max_grad_norm: float,
+    expected_batch_size: float,
+    sample_rate: float,
+    minimum_cohort: int,
+    colluders: int,
+    sites: int,
+    most_bits: int,
+    seed: bytes,
+) -> RecordSum:
+    """The finest sum of clipped gradients that fits. Arguments and errors as of `client_sum`, and:
+
+    Args:
+        max_grad_norm: C, of one record's or patient's gradient.
+        expected_batch_size: public; the divisor, and what a site's vector is expected to be the sum of. A much longer
+            one is held to the range, which costs accuracy and no privacy.
+        sample_rate: q of each record or patient.
+    """
+    rotation = Rotation(parameters, seed)
+    root = math.sqrt(rotation.padded_dim)
+
+    def at(steps: float) -> RecordSum:
+        scale = steps * root / max_grad_norm
+        noise = SharedNoise(
+            noise_multiplier=noise_multiplier,
+            steps=steps * root,
+            dim=rotation.padded_dim,
+            l2_bound=record_l2_bound(max_grad_norm, scale, rotation.padded_dim),
+            minimum_cohort=minimum_cohort,
+            colluders=colluders,
+            sample_rate=sample_rate,
+        )
+        limit = math.ceil(steps * root * max(1.0, _FLAT * expected_batch_size / root))
+        return RecordSum(rotation=rotation, scale=scale, noise=noise, limit=limit, divisor=expected_batch_size)
+
+    return _finest(map(at, _RECORD_STEPS), sites, most_bits)
+
+
+S = TypeVar("S", bound=SharedSum)
+
+
+def _finest(candidates: Iterable[S], sites: int, most_bits: int) -> S:
+    """The first of the candidates whose noise can be drawn and whose sum fits."""
+    for candidate in candidates:
+        drawable = candidate.noise.share_variance <= MAX_VARIANCE
+        if drawable and (2 * sites * candidate.bound).bit_length() <= most_bits:
+            return candidate
+    raise NoGuarantee(
+        f"noise in shares does not fit: the sum of {sites} sites needs more than {most_bits} bits a coordinate, or a "
+        f"share's variance is beyond 2^{MAX_VARIANCE.bit_length() - 1}. Lower the noise (a larger target_epsilon, "
+        "fewer rounds, more sites) or use noise = 'local'"
+    )

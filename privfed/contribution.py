@@ -1,0 +1,79 @@
+"""What a site gives to one round: an integer vector, and the charges that it must be booked under first."""
+
+from dataclasses import dataclass, field
+
+from privfed.crypto.packing import IntVector
+from privfed.privacy import noise
+from privfed.privacy.events import Charge, Gaussian, PrivacyUnit
+from privfed.privacy.shared import ClientSum, RecordSum
+
+from . import doors
+from .config import Config
+from .doors import Split
+from .errors import PrivfedError
+from .methods import SingleQuery, State
+from .terms import Grid, Schema, planned_charges
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """An update before it is given to the aggregation.
+
+    Attributes:
+        vector: int64[dim], as the aggregation adds it.
+        charges: what was executed; for noise in shares at its worst, with the fewest shares in the sum.
+        in_shares: the final charge depends on who contributes.
+    """
+
+    vector: IntVector = field(repr=False)
+    charges: tuple[Charge, ...]
+    in_shares: bool
+
+
+def contribute(
+    config: Config,
+    schema: Schema,
+    records: Split,
+    state: State,
+    encoding: Grid | ClientSum | RecordSum,
+    *,
+    noise_multiplier: float,
+    key: bytes,
+) -> Contribution:
+    """The site's part in the round's sum.
+
+    Args:
+        records: behind the doors.
+        state: what the server sent.
+        encoding: how the update becomes integers.
+        key: bytes[32], secret, for this release alone: every random number derives from it, so that the same release
+            can be made again after a crash.
+
+    Raises:
+        PrivfedError: the method executed something else than it declared; nothing may be released.
+    """
+    method = config.method
+    if isinstance(encoding, RecordSum):
+        if not isinstance(method, SingleQuery):
+            raise PrivfedError(f"method {type(method).__name__} asks for more than one gradient: not released")
+        shares = doors.share_door(config, schema, records, encoding, noise_multiplier=noise_multiplier, key=key)
+        return Contribution(shares.noised_sum(method.point(state)), shares.charges, in_shares=True)
+    if isinstance(encoding, ClientSum):
+        exact = doors.exact_door(config, schema, records, noise.derive_key(key, b"draw"))
+        update = method.contribute(state, exact)
+        vector = encoding.encode(update[0].numpy(), noise.derive_key(key, b"release"))
+        return Contribution(vector, (Charge(encoding.event()),), in_shares=not encoding.at_server)
+    if config.privacy.unit is PrivacyUnit.NONE:
+        update = method.contribute(state, doors.exact_door(config, schema, records, key))
+        # An update without noise is booked as what it is: ε of these records is infinite from now on.
+        return Contribution(
+            encoding.grid.encode(update[0].numpy()), (Charge(Gaussian(noise_multiplier=0.0)),), in_shares=False
+        )
+    private = doors.private_door(config, schema, records, noise_multiplier=noise_multiplier, key=key)
+    update = method.contribute(state, private)
+    planned = planned_charges(config, encoding, noise_multiplier)
+    if sorted(private.charges, key=repr) != sorted(planned, key=repr):
+        raise PrivfedError(
+            f"method {type(method).__name__} executed {private.charges}, declared {planned}: not released"
+        )
+    return Contribution(encoding.grid.encode(update[0].numpy()), private.charges, in_shares=False)
