@@ -58,8 +58,9 @@ class PublicKey:
             raise ValueError(f"slots must be int64 in whole chunks of {SLOTS}, got {slots.dtype}{list(slots.shape)}")
         if int(slots.max()) > PLAIN_MODULUS // 2 or int(slots.min()) < -(PLAIN_MODULUS // 2):
             raise ValueError("a slot is beyond the plaintext modulus")
+        # A memoryview gives the library its integers one by one; a list of them costs as much as the packing before.
         return b"".join(
-            _coefficients(seal.BFVVector(self._context, chunk.tolist())) for chunk in slots.reshape(-1, SLOTS)
+            _coefficients(seal.BFVVector(self._context, chunk.data)) for chunk in slots.reshape(-1, SLOTS)
         )
 
 
@@ -205,9 +206,9 @@ def _loaded(context: Any, chunks: npt.NDArray[np.uint64]) -> Any:
     return seal.BFVVector(context, b"".join(pieces))
 
 
-def _coefficients(vector: Any) -> bytes:
-    """The bytes of one ciphertext of our own."""
-    written: bytes = vector.serialize()
+def _coefficients(vector: Any) -> bytes | memoryview:
+    """The bytes of one ciphertext of our own, where they stand in its serialized form."""
+    written = memoryview(vector.serialize())
     _, inner = _before_chunk()
     # SEAL compresses, but random coefficients do not get smaller, and then zstd stores them as they are.
     if len(written) >= len(inner) + CHUNK_BYTES and written[-CHUNK_BYTES - len(inner) : -CHUNK_BYTES] == inner:
