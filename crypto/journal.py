@@ -196,6 +196,11 @@ class Answers:
         self._last = (request_digest, reply)
         return reply
 
+    def keep(self, message: bytes, reply: bytes) -> bytes:
+        """The reply, for retransmissions alone: of a protocol that bounds its answers otherwise than by their bytes."""
+        self._last = (sha256(message).digest(), reply)
+        return reply
+
     def finish(self) -> None:
         """No further answer will be derived in this session."""
         self._journal.finish(self._sid)

@@ -13,6 +13,7 @@ from privfed.crypto.aggregation import AggregationResult, AggregationServer, run
 from privfed.crypto.errors import AggregationError, FaultyDealer, RemoteProtocolError
 from privfed.crypto.homomorphic.messages import KEY_HOLDER_STEPS
 from privfed.crypto.homomorphic.server import HomomorphicServer
+from privfed.crypto.journal import Journal
 from privfed.crypto.masking.server import MaskedServer
 from privfed.crypto.plain import PlainServer
 from privfed.crypto.roster import Roster
@@ -92,6 +93,7 @@ class Federation:
         state: the server's state to start from.
         server_key: bytes[32], secret; a coordinator restarted with the same one goes on with a round that was cut
             short. Default fresh.
+        journal: the homomorphic aggregator's own durable memory, for the same; default none beyond a round.
         first_round: 0, or where an interrupted run goes on.
         retired: sites that left it before, with their reasons.
         clock: monotonic seconds, for the report alone.
@@ -108,6 +110,7 @@ class Federation:
         state: State,
         first_round: int = 0,
         server_key: bytes | None = None,
+        journal: Journal | None = None,
         retired: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -116,6 +119,7 @@ class Federation:
         self._names = {index: member.name for index, member in enumerate(roster.members)}
         self.retired = dict(retired or {})
         self._server_key = server_key or noise.new_key()
+        self._journal = journal
         try:
             self._key_holder = key_holder_of(config, roster)
         except ValueError as error:
@@ -207,7 +211,9 @@ class Federation:
         if self.config.aggregation.kind == "plain":
             server = PlainServer(session=session)
         elif self._key_holder is not None:
-            server = HomomorphicServer(session=session, key_holder=self._key_holder, roster=self._roster)
+            server = HomomorphicServer(
+                session=session, key_holder=self._key_holder, roster=self._roster, journal=self._journal
+            )
         else:
             # A restarted coordinator must send what it sent before: sites answer each step of a round once.
             labels = (b"server", session.run.encode(), session.round.to_bytes(8, "big"), session.context)

@@ -28,7 +28,8 @@ class KeyHolder:
         policy: its ``minimum_cohort`` is what this party demands, whatever a plan says.
 
     Guarantees:
-        Those of `HomomorphicKeyHolder`, for the plan and model that it received itself.
+        Those of `HomomorphicKeyHolder`, for the plan and model that it received itself. One key at a time: a round that
+        begins, or begins anew, destroys the one before.
     """
 
     def __init__(self, *, identity: Identity, roster: Roster, journal: Journal, policy: Policy) -> None:
@@ -75,6 +76,8 @@ class KeyHolder:
         if theta is None or theta.ndim != 1:
             raise wire.WireError("the model must be one vector of parameters")
         session = session_of(plan, wire.context(message.plan, message.state), plan_encoding(plan, len(theta)))
+        if self._machine is not None:
+            self._machine.close()
         self._machine = HomomorphicKeyHolder(
             session=session, identity=self._identity, roster=self._roster, journal=self._journal
         )

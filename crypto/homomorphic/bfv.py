@@ -59,9 +59,7 @@ class PublicKey:
         if int(slots.max()) > PLAIN_MODULUS // 2 or int(slots.min()) < -(PLAIN_MODULUS // 2):
             raise ValueError("a slot is beyond the plaintext modulus")
         # A memoryview gives the library its integers one by one; a list of them costs as much as the packing before.
-        return b"".join(
-            _coefficients(seal.BFVVector(self._context, chunk.data)) for chunk in slots.reshape(-1, SLOTS)
-        )
+        return b"".join(_coefficients(seal.BFVVector(self._context, chunk.data)) for chunk in slots.reshape(-1, SLOTS))
 
 
 def encrypt_part(public_key: bytes, slots: bytes) -> bytes:

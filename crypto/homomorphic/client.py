@@ -10,9 +10,10 @@ import msgspec
 
 from .. import keys
 from ..aggregation import Session, VectorSource
-from ..errors import LocalProtocolError, RemoteProtocolError
+from ..digest import digest
+from ..errors import LocalProtocolError, RemoteProtocolError, ReplayRefused
 from ..journal import Answers, Journal
-from ..prg import Entropy, expand
+from ..prg import expand
 from ..roster import Identity, Roster
 from ..wire import decode, decode_indices, encode, records
 from . import messages as m
@@ -33,7 +34,7 @@ class HomomorphicClient:
         roster: the pinned roster.
         vector: the input, asked for once, when the round's key has been verified. Exceptions from it propagate
             unchanged and leave the machine failed.
-        journal: durable memory. SEAL's own randomness is not derived from its seed: see below.
+        journal: durable memory of the attempt's input, by its hash. SEAL's own randomness is not derived from its seed.
         pool: other processes that share the work on a long vector, a `ProcessPoolExecutor`; threads gain nothing
             (TenSEAL holds the interpreter's lock). The caller keeps it from round to round, for its start costs more
             than a million parameters.
@@ -46,8 +47,11 @@ class HomomorphicClient:
     includes this input, over at least `minimum_cohort` clients; the key holder learns that sum and nothing more. Not
     promised: anything if those two collude, that the others' inputs are honest, anything about what a sum reveals.
 
-    **After a crash** the same ciphertexts cannot be made again: SEAL draws its randomness itself. A client that was
-    killed after its commitment left refuses the round (`ReplayRefused`) and counts as dropped.
+    **After a crash** the same ciphertexts cannot be made again, for SEAL draws its randomness itself. As long as its
+    journal keeps the session, a restarted client begins the attempt anew, under whatever key the key holder then signs:
+    with a fresh blind, and with the very same input or not at all (`ReplayRefused`), because the same noise on another
+    update would be a second release. That not more than one sum comes of it is held by the key holder's journal against
+    the aggregator, and by the aggregator's journal against the key holder.
     """
 
     def __init__(
@@ -94,7 +98,7 @@ class HomomorphicClient:
         if received.sid != self._sid:  # type: ignore[attr-defined]  # every message of this protocol starts with sid
             raise RemoteProtocolError("the server is in another session: its plan, model, roster or round differs")
         try:
-            reply = self._answers.record(self.phase, message, encode(step(received)))
+            reply = self._answers.keep(message, encode(step(received)))
             if following == m.DONE:
                 self._answers.finish()
         except BaseException:
@@ -118,14 +122,16 @@ class HomomorphicClient:
         seed = self._journal.begin(self._sid, session.run, session.round, session.attempt)
         self._th = th
 
-        # 2. The blind's key, for the aggregator alone: the key holder will decrypt the sum of x + r and know no r.
-        blind_key = self._entropy(seed, "blind")(keys.KEY_BYTES)
-        sealing = keys.ExchangeKey(self._entropy(seed, "sealing key")(keys.KEY_BYTES))
+        # 2. The blind's key, for the aggregator alone: the key holder will decrypt the sum of x + r and know no r. Both
+        # secrets are of this key, so that an attempt that begins anew under another one blinds anew.
+        blind_key = expand(seed, session_id=th, label="blind")(keys.KEY_BYTES)
+        sealing = keys.ExchangeKey(expand(seed, session_id=th, label="sealing key")(keys.KEY_BYTES))
         secret = m.sealing_secret(sealing.agree(request.sealing_key), th, self._index)
         sealed = sealing.public + keys.seal(secret, blind_key, bound_to=m.sealing_context(th, self._index))
 
         # 3. x + r modulo t in every slot, also in those without a coordinate, then encrypted.
         slots = pack(self._vector(), self._layout, session)
+        self._hold_to(slots, seed)
         slots += blind(blind_key, th, self._layout)
         self._chunks = self._encrypt(public_key, request.public_key, balanced(slots))
         self._commitment = m.commitment(th, self._index, self._chunks)
@@ -152,8 +158,15 @@ class HomomorphicClient:
         )
         return m.Ciphertexts(sid=self._sid, chunks=self._chunks)
 
-    def _entropy(self, seed: bytes, label: str) -> Entropy:
-        return expand(seed, session_id=self._sid, label=label)
+    def _hold_to(self, slots: Slots, seed: bytes) -> None:
+        """One attempt, one input: the journal holds its keyed hash before anything of it is encrypted."""
+        fingerprint = digest("heagg/1/input", seed, slots.tobytes())
+        try:
+            self._journal.answer(self._sid, "input", fingerprint, fingerprint)
+        except ReplayRefused:
+            raise ReplayRefused(
+                "before a crash this attempt had another input: its noise on this one would be a second release"
+            ) from None
 
     def _encrypt(self, key: PublicKey, key_bytes: bytes, slots: Slots) -> bytes:
         size = CHUNKS_PER_TASK * SLOTS

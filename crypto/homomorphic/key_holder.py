@@ -9,7 +9,8 @@ import numpy as np
 
 from .. import keys
 from ..aggregation import Session
-from ..errors import LocalProtocolError, RemoteProtocolError, SumOutOfRange
+from ..digest import digest
+from ..errors import LocalProtocolError, RemoteProtocolError, ReplayRefused, SumOutOfRange
 from ..journal import Answers, Journal
 from ..packing import encode as to_residues
 from ..packing import pack
@@ -28,8 +29,8 @@ class HomomorphicKeyHolder:
         session: as this party received it, checked by the caller against its own policy.
         identity: its long-term keys; they stand in the roster, in the cohort or beside it.
         roster: the pinned roster.
-        journal: durable memory: one key for each (round, attempt) of a run, ever. A site that is a client too gives
-            another journal (or another owner in its file) than its client has.
+        journal: durable memory: one released sum for each (round, attempt) of a run, ever. A site that is a client too
+            gives another journal (or another owner in its file) than its client has.
 
     Raises:
         ValueError: a session that would protect nobody or does not fit the encryption.
@@ -44,7 +45,10 @@ class HomomorphicKeyHolder:
     at most 4^−m (2 fields), 8^−m (3 fields); any other result aborts the round and destroys the key. The key has 4096
     ternary coefficients, so that fewer than 155 slots of 42 bits cannot fix it.
 
-    **After a crash** the key is gone, and with it the attempt: the journal refuses a second key for it.
+    **After a crash** the key is gone; it was in memory alone. A restarted key holder makes another one for the same
+    attempt, the latest that its journal knows, and everyone begins that anew. What it has once answered to the request
+    for the sum stands in the journal before it leaves: afterwards the attempt's answer is the same sum over the same
+    set, or nothing (`ReplayRefused`). An attempt that failed is over, also after a restart.
     """
 
     def __init__(self, *, session: Session, identity: Identity, roster: Roster, journal: Journal) -> None:
@@ -79,20 +83,23 @@ class HomomorphicKeyHolder:
         if received.sid != self._sid:
             raise RemoteProtocolError("the server is in another session: its plan, model, roster or round differs")
         try:
-            reply = encode(self._steps[self.phase][type(received)](received))
-            reply = self._answers.record(self._step_name(received), message, reply)
-            if isinstance(received, m.ReleaseRequest):
-                self._answers.finish()
-        except BaseException:
-            self.phase = m.FAILED
-            self._forget()
-            with suppress(Exception):  # the first error is the one to see; the high-water mark already stands
-                self._answers.finish()
+            reply = self._answers.keep(message, encode(self._steps[self.phase][type(received)](received)))
+        except BaseException as error:
+            self.close()
+            if isinstance(error, Exception):  # an interrupt is as good as a crash: the attempt may begin anew
+                with suppress(Exception):  # the first error is the one to see; the high-water mark already stands
+                    self._answers.finish()
             raise
         self.phase = _FOLLOWS[type(received)]
         if self.done:
             self._forget()
         return reply
+
+    def close(self) -> None:
+        """Destroys the key now: whatever it was for has ended or begins anew."""
+        if not self.done:
+            self.phase = m.FAILED
+        self._forget()
 
     def _read(self, message: bytes) -> Any:
         *others, last = self._steps[self.phase]
@@ -101,20 +108,12 @@ class HomomorphicKeyHolder:
                 return decode(message, kind, most=self._most)
         return decode(message, last, most=self._most)
 
-    def _step_name(self, received: msgspec.Struct) -> str:
-        """For the journal; deliveries are several."""
-        if isinstance(received, m.Delivery):
-            self._deliveries += 1
-            return f"deliver {self._deliveries}"
-        return type(received).__name__
-
     def _forget(self) -> None:
         """Destroys the key and drops the rest; also what a machine holds before it starts."""
         if self._key is not None:
             self._key.destroy()
             self._key = None
         self._th = b""
-        self._deliveries = 0
         self._expected: dict[int, bytes] = {}  # client → commitment, until its ciphertexts are here
         self._added: set[int] = set()
 
@@ -122,7 +121,7 @@ class HomomorphicKeyHolder:
         if len(request.sealing_key) != keys.KEY_BYTES:
             raise RemoteProtocolError("a sealing key of the wrong size")
         session = self._session
-        # The seed is not used, SEAL draws its own randomness; the mark is: a second key for one attempt is refused.
+        # The seed is not used, SEAL draws its own randomness; the mark is: no key for an attempt that is over.
         self._journal.begin(self._sid, session.run, session.round, session.attempt)
         self._key = RoundKey(self._layout.chunks)
         self._th = m.transcript(self._sid, request.sealing_key, self._key.public)
@@ -180,6 +179,11 @@ class HomomorphicKeyHolder:
             withheld = m.OUT_OF_RANGE
         except NoiseTooHigh:
             withheld = m.NOISE
+        answer = digest("heagg/1/released", total, withheld)
+        try:
+            self._journal.answer(self._sid, "release", digest("heagg/1/set", request.members), answer)
+        except ReplayRefused:
+            raise ReplayRefused("before a crash this attempt's answer was another set or sum; there is one") from None
         signature = self._sign(m.release_statement(self._th, request.members, total, withheld))
         return m.Release(sid=self._sid, total=total, withheld=withheld, signature=signature)
 

@@ -12,7 +12,16 @@ import numpy as np
 
 from .. import keys
 from ..aggregation import AggregationResult, Session, signed_total
-from ..errors import KeyHolderSilent, LocalProtocolError, RemoteProtocolError, SumOutOfRange, ThresholdNotMet
+from ..digest import digest
+from ..errors import (
+    KeyHolderSilent,
+    LocalProtocolError,
+    RemoteProtocolError,
+    ReplayRefused,
+    SumOutOfRange,
+    ThresholdNotMet,
+)
+from ..journal import Journal, MemoryJournal
 from ..packing import unpack
 from ..prg import Entropy
 from ..roster import Roster
@@ -33,19 +42,28 @@ class HomomorphicServer:
         key_holder: roster index of the party that decrypts; of the cohort or not.
         roster: public keys of all of them.
         entropy: for the one key that blinds are sealed to.
+        journal: durable memory of whose blinds were added up; default none beyond this machine. An aggregator that
+            begins an attempt anew after a crash must give the journal that it had before.
 
     Raises:
         ValueError: a session that would protect nobody or does not fit the encryption.
 
     **Guarantees**: ends with the exact sum over `contributors`, or a typed error and no sum. A bad reply changes
-    nothing. The blinds of one set of clients, of at least the quorum, are added up and sent, once: a key holder that
-    refuses clients so that few are left learns nothing. Memory is the cohort's ciphertexts, until the key holder has
-    them. Not promised: detection of a false but in-range input; a client that seals another key than it blinds with
-    makes the sum unreadable and is not named.
+    nothing. The blinds of one set of clients, of at least the quorum, are added up and sent; with a journal, one set
+    for an attempt whatever crashes: a key holder learns nothing that refuses clients until few are left, or that claims
+    to have lost its key when it has seen the sum, and waits for one without a victim. Memory is the cohort's
+    ciphertexts, until the key holder has them. Not promised: detection of a false but in-range input; a client that
+    seals another key than it blinds with makes the sum unreadable and is not named.
     """
 
     def __init__(
-        self, *, session: Session, key_holder: int, roster: Roster, entropy: Entropy = secrets.token_bytes
+        self,
+        *,
+        session: Session,
+        key_holder: int,
+        roster: Roster,
+        entropy: Entropy = secrets.token_bytes,
+        journal: Journal | None = None,
     ) -> None:
         self._layout: Layout = m.check_session(session, roster, key_holder)
         self.phase = "ready"
@@ -53,6 +71,7 @@ class HomomorphicServer:
         self._session, self._key_holder, self._roster = session, key_holder, roster
         self._sid = m.session_id_of(session, roster, key_holder, self._layout)
         self._entropy = entropy
+        self._journal = MemoryJournal() if journal is None else journal
         self._most = m.largest_message(session, self._layout)
         self._steps: dict[
             str, tuple[type[msgspec.Struct], Callable[[int, Any], None], Callable[[], dict[int, bytes]]]
@@ -82,6 +101,8 @@ class HomomorphicServer:
     def start(self) -> dict[int, bytes]:
         if self.phase != "ready":
             raise LocalProtocolError("start() may be called once; make a new machine for a new attempt")
+        session = self._session
+        self._journal.begin(self._sid, session.run, session.round, session.attempt)
         sealing = self._sealing = keys.ExchangeKey(self._entropy(keys.KEY_BYTES))
         request = m.KeyRequest(sid=self._sid, sealing_key=sealing.public)
         return self._ask(m.KEY, {self._key_holder: encode(request)})
@@ -228,6 +249,13 @@ class HomomorphicServer:
         self._dropped[m.DELIVER] = tuple(sorted(self._refused))
         self._quorum(len(members))
         self._members = encode_indices(members)
+        added = digest("heagg/1/set", self._members)
+        try:
+            self._journal.answer(self._sid, "release", added, added)
+        except ReplayRefused:
+            raise ReplayRefused(
+                "before a crash this attempt's sum was over other clients; it is not asked for"
+            ) from None
         total = np.zeros(self._layout.chunks * SLOTS, dtype=np.int64)
         for client in members:
             total += blind(self._blind_keys[client], self._th, self._layout)  # 64 · 2^42 fits

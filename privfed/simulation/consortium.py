@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from privfed.crypto.journal import SQLiteJournal
+from privfed.crypto.journal import Journal, SQLiteJournal
 from privfed.crypto.roster import FIRST_PREVIOUS, Identity, Roster
 from privfed.privacy import noise
 from privfed.privacy.accountant import Accountant
@@ -31,6 +31,7 @@ class Consortium:
     roster: Roster
     engine: Engine
     server_key: bytes = field(repr=False)
+    journal: Journal = field(repr=False)
 
     def close(self) -> None:
         """The run is over."""
@@ -93,7 +94,8 @@ def open_consortium(
             )
             handlers[name] = SiteWithKey(sites[name], key_holder) if name in sites else key_holder
         engine = FaultyEngine(LocalEngine(handlers), config.simulation, seed=config.seed)
-        yield Consortium(sites, roster, engine, noise.derive_key(key, b"coordinator"))
+        # No site has an empty name: the coordinator's memory is its own.
+        yield Consortium(sites, roster, engine, noise.derive_key(key, b"coordinator"), _journal(journal, ""))
 
 
 def members(config: Config, data: Sites) -> list[str]:

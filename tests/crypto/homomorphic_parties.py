@@ -50,6 +50,17 @@ def he_key_holder(session: Session, index: int = KEY_HOLDER, journal: Journal | 
     )
 
 
+class Kept(MemoryJournal):
+    """A journal that keeps a session until the next one begins, as a site's does: its round may begin anew."""
+
+    def finish(self, sid: bytes) -> None:
+        pass
+
+
+AGGREGATOR = -1
+"""In `HeWire`'s journals."""
+
+
 class HeWire:
     """One round. Hooks see (phase, party, message); a lost party does its work and its answer vanishes."""
 
@@ -63,13 +74,18 @@ class HeWire:
         to_party: Callable[[str, int, bytes], bytes] = lambda phase, party, message: message,
         to_server: Callable[[str, int, bytes], bytes] = lambda phase, party, message: message,
         pool: Executor | None = None,
+        journals: Mapping[int, Journal] | None = None,
     ) -> None:
         self.session, self.inputs = session, dict(inputs or make_inputs(session))
-        self.server = HomomorphicServer(session=session, key_holder=key_holder, roster=ROSTER)
+        kept = journals or {}
+        self.server = HomomorphicServer(
+            session=session, key_holder=key_holder, roster=ROSTER, journal=kept.get(AGGREGATOR)
+        )
         self.clients = {
-            i: he_client(session, i, vector, key_holder=key_holder, pool=pool) for i, vector in self.inputs.items()
+            i: he_client(session, i, vector, kept.get(i), key_holder=key_holder, pool=pool)
+            for i, vector in self.inputs.items()
         }
-        self.key_holder, self.index = he_key_holder(session, key_holder), key_holder
+        self.key_holder, self.index = he_key_holder(session, key_holder, kept.get(key_holder)), key_holder
         self.lost, self.to_party, self.to_server = lost or {}, to_party, to_server
         self.log: list[tuple[str, int, bytes, bytes]] = []
         self.bad: list[tuple[int, RemoteProtocolError]] = []

@@ -6,11 +6,13 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from privfed.crypto.aggregation import Session
 from privfed.crypto.errors import (
     KeyHolderSilent,
     LocalProtocolError,
@@ -36,11 +38,12 @@ from privfed.crypto.homomorphic.fields import (
     unpack,
 )
 from privfed.crypto.homomorphic.server import HomomorphicServer
-from privfed.crypto.journal import MemoryJournal, SQLiteJournal
+from privfed.crypto.journal import Journal, MemoryJournal, SQLiteJournal
 from privfed.crypto.packing import IntVector
+from privfed.crypto.wire import decode, encode, encode_indices
 
 from .consortium import Wire, make_inputs, make_session, masked_round, plain_round, stream
-from .homomorphic_parties import KEY_HOLDER, ROSTER, HeWire, he_client, he_key_holder, he_session
+from .homomorphic_parties import AGGREGATOR, KEY_HOLDER, ROSTER, HeWire, Kept, he_client, he_key_holder, he_session
 
 HALF = PLAIN_MODULUS // 2
 
@@ -325,29 +328,148 @@ def test_an_identical_retransmission_gets_identical_bytes() -> None:
     assert wire.clients[0].receive(requests[0]) == wire.clients[0].receive(requests[0])
 
 
-def test_a_client_that_crashed_after_its_commitment_counts_as_dropped(tmp_path: Path) -> None:
+# After a crash
+
+
+def test_a_client_that_crashed_after_its_commitment_makes_another_of_the_same_input(tmp_path: Path) -> None:
     session, journal = he_session(), SQLiteJournal(tmp_path / "journal.db", "site-0")
     wire = HeWire(session)
+    lost: list[bytes] = []
 
     def restarted(phase: str, party: int, message: bytes) -> bytes:
         if (phase, party) == (m.COMMIT, 0):
-            he_client(session, 0, wire.inputs[0], journal).receive(message)
+            lost.append(he_client(session, 0, wire.inputs[0], journal).receive(message))
             wire.clients[0] = he_client(session, 0, wire.inputs[0], journal)
         return message
 
-    # It would encrypt afresh: other ciphertexts of the same blinded input.
     wire.to_party = restarted
-    assert wire.run().contributors == (1, 2, 3)
-    assert [(party, type(error)) for party, error in wire.refusals] == [(0, ReplayRefused)]
+    assert np.array_equal(wire.run().total, sum(wire.inputs.values()))
+    assert lost[0] != next(reply for phase, party, _, reply in wire.log if (phase, party) == (m.COMMIT, 0))
 
 
-def test_a_key_holder_that_crashed_never_makes_a_second_key_for_an_attempt(tmp_path: Path) -> None:
-    session, journal = he_session(), SQLiteJournal(tmp_path / "journal.db", "key holder")
-    request = HomomorphicServer(session=session, key_holder=KEY_HOLDER, roster=ROSTER).start()[KEY_HOLDER]
-    he_key_holder(session, journal=journal).receive(request)
-    for _ in range(2):
-        with pytest.raises(ReplayRefused):
-            he_key_holder(session, journal=journal).receive(request)
+def test_a_restarted_client_with_another_input_is_left_out() -> None:
+    """Its noise on another update would be a second release."""
+    session, journals = he_session(), {0: Kept()}
+    first = HeWire(session, journals=journals)
+    first.run()
+    again = HeWire(session, {**first.inputs, 0: first.inputs[0][::-1].copy()}, journals=journals)
+    assert again.run().contributors == (1, 2, 3)
+    assert [(party, type(error)) for party, error in again.refusals] == [(0, ReplayRefused)]
+    assert "another input" in str(again.refusals[0][1])
+
+
+def durable(session: Session) -> dict[int, Journal]:
+    return {AGGREGATOR: Kept(), KEY_HOLDER: MemoryJournal(), **{client: Kept() for client in session.cohort}}
+
+
+class Crash(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("phase", [m.KEY, m.COMMIT, m.CLOSE, m.SEND, m.DELIVER, m.RELEASE])
+def test_an_attempt_that_crashed_anywhere_begins_anew_and_ends_with_the_same_sum(phase: str) -> None:
+    session = he_session()
+    journals = durable(session)
+
+    def crash(at: str, party: int, message: bytes) -> bytes:
+        if at == phase:  # the answers of this step were made, and perhaps they have left
+            raise Crash
+        return message
+
+    first = HeWire(session, to_server=crash, journals=journals)
+    with pytest.raises(Crash):
+        first.run()
+    again = HeWire(session, first.inputs, journals=journals)
+    assert np.array_equal(again.run().total, sum(first.inputs.values()))
+    assert not again.bad and not again.refusals
+
+    def fresh(wire: HeWire, step: str, kind: type, field: str) -> list[bytes]:
+        return [getattr(decode(reply, kind, most=10**7), field) for at, _, _, reply in wire.log if at == step]
+
+    for step, kind, field in ((m.KEY, m.Key, "public_key"), (m.COMMIT, m.Commitment, "sealed")):
+        assert not set(fresh(first, step, kind, field)) & set(fresh(again, step, kind, field))
+
+
+def test_a_key_holder_releases_one_set_of_an_attempt_whatever_an_aggregator_forgets() -> None:
+    """Two sums that differ in one client are that client's input."""
+    session = he_session()
+    journals = durable(session)
+    first = HeWire(session, journals=journals)
+    first.run()
+    del journals[AGGREGATOR]
+    with pytest.raises(KeyHolderSilent):
+        (forgetful := HeWire(session, first.inputs, lost={m.SEND: {3}}, journals=journals)).run()
+    assert [(party, type(error)) for party, error in forgetful.refusals] == [(KEY_HOLDER, ReplayRefused)]
+    assert "another set or sum" in str(forgetful.refusals[0][1])
+    with pytest.raises(KeyHolderSilent):  # refusing ended the attempt: not even the first answer is given again
+        HeWire(session, first.inputs, journals=journals).run()
+
+
+def test_a_key_holder_that_failed_or_refused_makes_no_key_for_that_attempt_any_more() -> None:
+    session, journal = he_session(), MemoryJournal()
+    wire = HeWire(session, journals={KEY_HOLDER: journal})
+    wire.exchange(wire.server.start())
+    request = wire.log[0][2]
+    with pytest.raises(RemoteProtocolError):
+        wire.key_holder.receive(request[:-1])
+    again = he_key_holder(session, journal=journal)
+    assert again.receive(request)  # what is no message at all has changed nothing
+    with pytest.raises(RemoteProtocolError):
+        again.receive(encode(m.CloseRequest(sid=wire.server._sid, members=encode_indices((0, 1, 2)), records=b"")))
+    assert again._key is None
+    with pytest.raises(ReplayRefused):
+        he_key_holder(session, journal=journal).receive(request)
+
+
+def test_an_interrupt_is_as_good_as_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    session, journal = he_session(), MemoryJournal()
+    wire = HeWire(session, journals={KEY_HOLDER: journal})
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(wire.key_holder, "_sign", interrupt)
+        wire.run()
+    assert wire.key_holder._key is None
+    assert HeWire(session, wire.inputs, journals={KEY_HOLDER: journal}).run()
+
+
+def test_an_aggregator_adds_up_the_blinds_of_one_set_whatever_a_key_holder_claims_to_have_lost() -> None:
+    """A key holder saw the sum of all, says that it crashed, and waits for one without the victim."""
+    session = he_session()
+    journals = durable(session)
+    first = HeWire(session, lost={m.RELEASE: {KEY_HOLDER}}, journals=journals)
+    with pytest.raises(KeyHolderSilent):
+        first.run()
+    journals[KEY_HOLDER] = MemoryJournal()
+    again = HeWire(session, first.inputs, lost={m.SEND: {2}}, journals=journals)
+    with pytest.raises(ReplayRefused, match="over other clients"):
+        again.run()
+    assert m.RELEASE not in [phase for phase, *_ in again.log]
+    journals[KEY_HOLDER] = MemoryJournal()
+    assert np.array_equal(HeWire(session, first.inputs, journals=journals).run().total, sum(first.inputs.values()))
+
+
+def test_what_was_withheld_once_is_not_released_by_trying_again() -> None:
+    """An addend crafted to show the key's slots passes by luck at times: it has one chance an attempt."""
+    session = he_session()
+    journals = durable(session)
+
+    def other_blind(phase: str, party: int, message: bytes) -> bytes:
+        if phase != m.RELEASE:
+            return message
+        request = decode(message, m.ReleaseRequest, most=10**7)
+        blinds = np.frombuffer(request.blinds, dtype="<u8").copy()
+        blinds[-1] = (blinds[-1] + 1) % PLAIN_MODULUS
+        return encode(msgspec.structs.replace(request, blinds=blinds.tobytes()))
+
+    first = HeWire(session, to_party=other_blind, journals=journals)
+    with pytest.raises(SumOutOfRange):
+        first.run()
+    with pytest.raises(KeyHolderSilent):
+        (again := HeWire(session, first.inputs, journals=journals)).run()
+    assert isinstance(again.refusals[0][1], ReplayRefused)
 
 
 def test_a_later_round_or_attempt_has_another_key_and_an_earlier_one_is_refused() -> None:

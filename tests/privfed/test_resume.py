@@ -22,15 +22,17 @@ import numpy as np
 import pytest
 
 import privfed
-from privfed import api, folder
+from privfed import api, folder, wire
 from privfed.api import Preparation, Run
 from privfed.cli.app import main
 from privfed.cli.exits import exit_code
 from privfed.config import Config
+from privfed.engines.local import LocalEngine
 from privfed.errors import DataError, PrivfedError, RunFolderError
 from privfed.folder import RunFolder
 from privfed.privacy.errors import LedgerCorrupt
 from privfed.privacy.ledger import Ledger
+from privfed.simulation.faults import HOMOMORPHIC_STEPS
 
 ROUNDS = 3
 SITES = ("a", "b", "c", "d")
@@ -107,6 +109,21 @@ def die_at(count: int) -> None:
         setattr(os, name, deadly(getattr(os, name)))
 
 
+def die_in(step: str) -> None:
+    """In a child: SIGKILL in that step of round 1, when half of those asked have answered, and one party at least."""
+
+    def exchange(self: LocalEngine, requests: dict[str, bytes], deadline_seconds: float) -> dict[str, bytes]:
+        replies: dict[str, bytes] = {}
+        for name, request in requests.items():
+            replies[name] = self._sites[name].handle(request)
+            message = wire.decode_request(request)
+            if (message.round, message.step) == (1, step) and 2 * len(replies) >= len(requests):
+                os.kill(os.getpid(), signal.SIGKILL)
+        return replies
+
+    LocalEngine.exchange = exchange  # type: ignore[method-assign,assignment]
+
+
 def hashes(path: Path) -> dict[str, str]:
     """Every file's hash: what "nothing was changed" means."""
     return {
@@ -172,9 +189,10 @@ def whole(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         DROPOUTS,
         ["method.name='fomaml'", "method.personal_steps=1"],
         ["aggregation.kind='plain'", *DROPOUTS],
+        ["aggregation.kind='homomorphic'", *DROPOUTS],
         ["method={name='local'}"],
     ],
-    ids=["reptile", "dropouts", "fomaml", "plain", "local"],
+    ids=["reptile", "dropouts", "fomaml", "plain", "encrypted", "local"],
 )
 def test_runs_killed_at_random_instants_end_as_the_uninterrupted_one(
     table: Path, tmp_path: Path, more: list[str]
@@ -198,6 +216,25 @@ def test_runs_killed_at_random_instants_end_as_the_uninterrupted_one(
         if trial % 2:
             child(partial(privfed.resume, home, prepared=ready), seconds * randomness.random() / 2)
         expect_same(privfed.resume(home, prepared=ready), uninterrupted, home)
+
+
+@pytest.mark.parametrize(
+    ("key_holder", "steps"), [(None, HOMOMORPHIC_STEPS), ("b", ("close", "release"))], ids=["alone", "at a site"]
+)
+def test_an_encrypted_round_killed_in_any_step_is_the_same_round_again(
+    table: Path, tmp_path: Path, whole: Run, key_holder: str | None, steps: tuple[str, ...]
+) -> None:
+    """Twice each, so that what was begun anew begins anew; the model is the masked one's to the last bit."""
+    more = ["aggregation.kind='homomorphic'", *([f"aggregation.key_holder='{key_holder}'"] if key_holder else [])]
+    ready = api.prepare(configure(table, *more))
+    for step in steps:
+        home = tmp_path / step
+        status = child(partial(privfed.run, ready.config, out=home, prepared=ready), prepare=partial(die_in, step))
+        assert os.WIFSIGNALED(status)
+        assert os.WIFSIGNALED(child(partial(privfed.resume, home, prepared=ready), prepare=partial(die_in, step)))
+        run = privfed.resume(home, prepared=ready)
+        expect_same(run, whole, home)
+        assert run.summary.aggregation.aborted_rounds == 0
 
 
 def test_a_kill_before_every_durable_write_loses_and_doubles_nothing(table: Path, tmp_path: Path, whole: Run) -> None:
