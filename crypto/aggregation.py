@@ -197,13 +197,15 @@ class AggregationResult:
     dropped: Mapping[str, tuple[int, ...]]
 
 
-def signed_total(words: Words, session: Session, contributors: int) -> npt.NDArray[np.int64]:
-    """int64[dim] from residues.
+def signed_total(
+    words: Words, session: Session, contributors: int, *, into: npt.NDArray[np.int64] | None = None
+) -> npt.NDArray[np.int64]:
+    """int64[dim] from residues, in the memory of `into` if given (see `packing.decode`).
 
     Raises:
         SumOutOfRange: a coordinate beyond contributors × bound, which no honest inputs give.
     """
-    total = decode(words, session.bits)
+    total = decode(words, session.bits, into=into)
     limit = contributors * session.bound
     if int(total.max()) > limit or int(total.min()) < -limit:
         raise SumOutOfRange(f"a coordinate of the sum is beyond ±{limit}: a client sent an input out of range")

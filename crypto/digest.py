@@ -16,11 +16,13 @@ def digest(label: str, *parts: bytes) -> bytes:
     """
     name = label.encode()
     try:
-        pieces = [piece for part in parts for piece in (_LENGTHS[len(part)], part)]
+        text = _LENGTHS[len(name)] + name
+        for part in parts:
+            text += _LENGTHS[len(part)] + part
     except IndexError:  # long parts: hashed one by one, not copied into one
         state = hashlib.sha256()
         for part in (name, *parts):
             state.update(len(part).to_bytes(8, "big"))
             state.update(part)
         return state.digest()
-    return hashlib.sha256(b"".join((_LENGTHS[len(name)], name, *pieces))).digest()
+    return hashlib.sha256(text).digest()

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,30 @@ def _period(bits: int) -> tuple[int, int, int]:
     width = word_dtype(bits).itemsize * 8
     common = math.gcd(bits, width)
     return width // common, bits // common, width
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where the word at one position of a period lies; shifts are arrays because numpy takes those fastest."""
+
+    lane: int
+    shift: Words | None  # from the lane's lowest bit; None where it starts there
+    rest: Words | None  # bits of it in this lane, where the next one holds more
+
+
+@cache
+def _places(bits: int) -> tuple[_Place, ...]:
+    """One for each position of the period."""
+    words, _, width = _period(bits)
+    starts = (divmod(position * bits, width) for position in range(words))
+    return tuple(
+        _Place(
+            lane=lane,
+            shift=np.array(shift, dtype=word_dtype(bits)) if shift else None,
+            rest=np.array(width - shift, dtype=word_dtype(bits)) if shift + bits > width else None,
+        )
+        for lane, shift in starts
+    )
 
 
 def packed_bytes(dim: int, bits: int) -> int:
@@ -63,13 +89,25 @@ def encode(vector: IntVector, *, dim: int, bound: int, bits: int) -> Words:
     return words
 
 
-def decode(words: Words, bits: int) -> npt.NDArray[np.int64]:
-    """int64[dim]: the balanced representatives, in [−2^(bits−1), 2^(bits−1)), of residues modulo 2^bits."""
+def residues_in(sums: npt.NDArray[np.int64], bits: int) -> Words:
+    """uint16[dim] or uint32[dim] in the first bytes of `sums`, from where `decode` spreads them over all of it."""
+    return sums.view(word_dtype(bits))[: len(sums)]
+
+
+def decode(words: Words, bits: int, *, into: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:
+    """int64[dim]: the balanced representatives, in [−2^(bits−1), 2^(bits−1)), of residues modulo 2^bits.
+
+    Args:
+        words: the residues.
+        bits: width of the modulus.
+        into: int64[dim] to fill, which may be where `residues_in` took the words from; by default new memory.
+    """
     spare = words.dtype.type(words.itemsize * 8 - bits)
     signed = np.dtype(f"<i{words.itemsize}")
-    values = np.empty(len(words), dtype=np.int64)
-    # Shifted up and down again as a signed number, the word's sign is that of its bit `bits − 1`.
-    for start in range(0, len(words), _COLUMNS):
+    values = np.empty(len(words), dtype=np.int64) if into is None else into
+    # Shifted up and down again as a signed number, the word's sign is that of its bit `bits − 1`. From the end: a value
+    # takes more room than its word, so those written there cover no words but their own and those done before.
+    for start in reversed(range(0, len(words), _COLUMNS)):
         raised = words[start : start + _COLUMNS] << spare
         values[start : start + _COLUMNS] = raised.view(signed) >> signed.type(spare)
     return values
@@ -89,21 +127,18 @@ def pack(words: Words, bits: int) -> memoryview:
         return words.view(np.uint8).data
     columns = -(-len(words) // period)
     packed = np.zeros((lanes, columns), dtype=words.dtype)
-    mask = words.dtype.type((1 << bits) - 1)
+    mask = np.array((1 << bits) - 1, dtype=words.dtype)
     low, part = (np.empty(min(columns, _COLUMNS), dtype=words.dtype) for _ in range(2))
-    for start in range(0, columns, _COLUMNS):
-        for position, row in _rows(words, columns, start):
-            lane, shift = divmod(position * bits, width)
-            at = slice(start, start + len(row))
-            value, moved = low[: len(row)], part[: len(row)]
-            np.bitwise_and(row, mask, value)
-            if shift == 0:
-                packed[lane, at] = value
-                continue
-            np.left_shift(value, words.dtype.type(shift), moved)
-            packed[lane, at] |= moved
-            if shift + bits > width:
-                np.right_shift(value, words.dtype.type(width - shift), packed[lane + 1, at])
+    for place, at, row in _rows(words, columns, bits):
+        value, moved, lane = low[: len(row)], part[: len(row)], packed[place.lane, at]
+        np.bitwise_and(row, mask, value)
+        if place.shift is None:
+            lane[:] = value
+            continue
+        np.left_shift(value, place.shift, moved)
+        np.bitwise_or(lane, moved, lane)
+        if place.rest is not None:
+            np.right_shift(value, place.rest, packed[place.lane + 1, at])
     return packed.reshape(-1).view(np.uint8).data
 
 
@@ -114,23 +149,20 @@ def add_packed(total: Words, data: bytes | memoryview, bits: int) -> None:
         RemoteProtocolError: wrong length, or padding that is not zero (two encodings of one vector). `total` is
             unchanged then.
     """
-    rows, width = _check_packed(data, len(total), bits)
-    columns, word = rows.shape[1], total.dtype.type
+    lanes = _check_packed(data, len(total), bits)
+    columns = lanes.shape[1]
     part = np.empty(min(columns, _COLUMNS), dtype=total.dtype)
-    for start in range(0, columns, _COLUMNS):
-        for position, row in _rows(total, columns, start):
-            lane, shift = divmod(position * bits, width)
-            at = slice(start, start + len(row))
-            if shift == 0:
-                np.add(row, rows[lane, at], row)
-                continue
-            # Neighbours in the lane stay above the word's own bits, where they cannot reach down.
-            low = part[: len(row)]
-            np.right_shift(rows[lane, at], word(shift), low)
+    for place, at, row in _rows(total, columns, bits):
+        if place.shift is None:
+            np.add(row, lanes[place.lane, at], row)
+            continue
+        # Neighbours in the lane stay above the word's own bits, where they cannot reach down.
+        low = part[: len(row)]
+        np.right_shift(lanes[place.lane, at], place.shift, low)
+        np.add(row, low, row)
+        if place.rest is not None:
+            np.left_shift(lanes[place.lane + 1, at], place.rest, low)
             np.add(row, low, row)
-            if shift + bits > width:
-                np.left_shift(rows[lane + 1, at], word(width - shift), low)
-                np.add(row, low, row)
 
 
 def unpack(data: bytes | memoryview, *, dim: int, bits: int) -> Words:
@@ -145,27 +177,29 @@ def unpack(data: bytes | memoryview, *, dim: int, bits: int) -> Words:
     return words
 
 
-def _rows(words: Words, columns: int, start: int) -> Iterator[tuple[int, Words]]:
-    """(position, its words from column `start` on, _COLUMNS at most); positions beyond the end have none."""
-    for position, first in enumerate(range(0, len(words), columns)):
-        row = words[first + start : min(first + start + _COLUMNS, first + columns)]
-        if len(row):
-            yield position, row
+def _rows(words: Words, columns: int, bits: int) -> Iterator[tuple[_Place, slice, Words]]:
+    """(place, columns, the words there), _COLUMNS at a time; positions beyond the end have none."""
+    for start in range(0, columns, _COLUMNS):
+        stop = min(start + _COLUMNS, columns)
+        for place, first in zip(_places(bits), range(0, len(words), columns), strict=False):
+            row = words[first + start : first + stop]
+            if len(row):
+                yield place, slice(start, start + len(row)), row
 
 
-def _check_packed(data: bytes | memoryview, dim: int, bits: int) -> tuple[Words, int]:
-    """The lanes and their width of a packed vector that has one form only."""
+def _check_packed(data: bytes | memoryview, dim: int, bits: int) -> Words:
+    """The lanes of a packed vector that has one form only."""
     if len(data) != packed_bytes(dim, bits):
         raise RemoteProtocolError(f"a packed vector must have {packed_bytes(dim, bits)} bytes, got {len(data)}")
-    period, lanes, width = _period(bits)
-    rows: Words = np.frombuffer(data, dtype=word_dtype(bits)).reshape(lanes, -1)
-    columns = rows.shape[1]
+    period, rows, width = _period(bits)
+    lanes: Words = np.frombuffer(data, dtype=word_dtype(bits)).reshape(rows, -1)
+    columns = lanes.shape[1]
     for index in range(dim, period * columns):  # fewer than `period` of them, at the ends of the last rows
         position, column = divmod(index, columns)
         lane, shift = divmod(position * bits, width)
-        value = int(rows[lane, column]) >> shift
+        value = int(lanes[lane, column]) >> shift
         if shift + bits > width:
-            value |= int(rows[lane + 1, column]) << (width - shift)
+            value |= int(lanes[lane + 1, column]) << (width - shift)
         if value & ((1 << bits) - 1):
             raise RemoteProtocolError("a packed vector has padding that is not zero")
-    return rows, width
+    return lanes

@@ -12,8 +12,8 @@ from .. import keys, merkle, shamir
 from ..aggregation import AggregationResult, Session, session_id, signed_total
 from ..errors import FaultyDealer, LocalProtocolError, RemoteProtocolError, ThresholdNotMet
 from ..graph import Graph, build
-from ..packing import add_packed
-from ..prg import Entropy, add_masks, word_dtype
+from ..packing import add_packed, residues_in
+from ..prg import Entropy, add_masks
 from ..roster import Roster
 from ..wire import decode, decode_indices, encode, encode_indices, records
 from . import messages as m
@@ -139,7 +139,9 @@ class MaskedServer:
         self._inputs: set[int] = set()
         self._consents: dict[int, bytes] = {}
         self._shares: dict[int, dict[int, bytes]] = {}  # holder → dealer → its one share
-        self._total = np.zeros(self._session.dim, dtype=word_dtype(self._session.bits))
+        # The sum's own memory holds the residues until it is decoded: pages are slow to come by, and model-sized.
+        self._total = np.zeros(self._session.dim, dtype=np.int64)
+        self._residues = residues_in(self._total, self._session.bits)
 
     def _answered(self) -> tuple[int, ...]:
         """Who has answered the current phase validly; a complaint is not an input."""
@@ -249,7 +251,7 @@ class MaskedServer:
             return
         key = m.input_key(self._input_secrets[client], self._th, client, self._dealers_bytes)
         keys.check_one_time_tag(key, reply.proof, reply.masked)
-        add_packed(self._total, reply.masked, self._session.bits)
+        add_packed(self._residues, reply.masked, self._session.bits)
         self._inputs.add(client)
 
     def _send_survivors(self) -> dict[int, bytes]:
@@ -309,8 +311,8 @@ class MaskedServer:
                     shared = key.agree(self._advertisements[survivor][1].mask_key)
                     mask = m.pair_mask_key(shared, self._th, dealer, survivor)
                     (minus if survivor > dealer else plus).append(mask)
-        add_masks(self._total, plus=plus, minus=minus, threads=self._threads)
-        total = signed_total(self._total, self._session, len(self._survivors))
+        add_masks(self._residues, plus=plus, minus=minus, threads=self._threads)
+        total = signed_total(self._residues, self._session, len(self._survivors), into=self._total)
         self._result = AggregationResult(total=total, contributors=self._survivors, dropped=dict(self._dropped))
         self._forget()
         return {}

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privfed.crypto.errors import RemoteProtocolError
-from privfed.crypto.packing import add_packed, decode, encode, pack, packed_bytes, unpack
+from privfed.crypto.packing import add_packed, decode, encode, pack, packed_bytes, residues_in, unpack
 from privfed.crypto.prg import CHUNK_BYTES, add_masks, expand, word_dtype
 
 KEY = bytes(range(32))
@@ -90,7 +90,7 @@ def test_packing_drops_what_stands_above_the_word() -> None:
     assert pack(words, 21) == pack(words & np.uint32((1 << 21) - 1), 21)
 
 
-@pytest.mark.parametrize("bits", [3, 16, 21, 32])
+@pytest.mark.parametrize("bits", [3, 8, 16, 21, 24, 32])  # 8 and 24 have rows longer than a block
 def test_packing_round_trips_across_blocks(bits: int) -> None:
     words = np.random.default_rng(0).integers(0, 1 << bits, 200_001, dtype=np.uint64).astype(word_dtype(bits))
     assert np.array_equal(unpack(pack(words, bits), dim=len(words), bits=bits), words)
@@ -101,6 +101,17 @@ def test_signed_values_round_trip_at_the_extremes(bits: int, data: st.DataObject
     bound = (1 << (bits - 1)) - 1
     values = np.array([-bound, bound, 0, data.draw(st.integers(-bound, bound))], dtype=np.int64)
     assert np.array_equal(decode(encode(values, dim=4, bound=bound, bits=bits), bits), values)
+
+
+@pytest.mark.parametrize("bits", [10, 16, 27, 32])
+@pytest.mark.parametrize("dim", [1, 2, 32_768, 32_769, 100_001])
+def test_residues_are_decoded_where_they_stand(bits: int, dim: int) -> None:
+    sums = np.zeros(dim, dtype=np.int64)
+    words = residues_in(sums, bits)
+    words[:] = np.random.default_rng(0).integers(0, 1 << bits, dim, dtype=np.uint64)
+    expected = decode(words.copy(), bits)
+    assert decode(words, bits, into=sums) is sums
+    assert np.array_equal(sums, expected)
 
 
 @pytest.mark.parametrize(
