@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from flwr.supercore.primitives.asymmetric import (
 )
 
 MODULUS = 1 << 32  # Flower's default
+SURVIVORS = 7
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,9 @@ def measure(*, neighbours: int, threshold: int, dim: int, dropped: bool) -> Flow
             key = generate_shared_key(bytes_to_private_key(secret), bytes_to_public_key(peer_pk1))
             total = parameters_addition(total, pseudo_rand_gen(key, MODULUS, get_parameters_shape(total)))
 
-    return FlowerSeconds(client, _seconds(survivor), _seconds(gone) if dropped else 0.0)
+    # A first call grows the heap and takes up to 1.8 times as long as the others: times n, it would count n times.
+    usual = median(_seconds(survivor) for _ in range(SURVIVORS))
+    return FlowerSeconds(client, usual, _seconds(gone) if dropped else 0.0)
 
 
 def _seconds(task: Callable[[], None]) -> float:
