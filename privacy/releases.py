@@ -41,6 +41,10 @@ class Counts:
         if self.most_per_cell < 1:
             raise ValueError(f"most_per_cell must be at least 1, got {self.most_per_cell}")
 
+    @property
+    def dim(self) -> int:
+        return self.cells
+
     def event(self, *, share_variance: int, shares: int, colluders: int) -> Skellam:
         """What one release of the sum over sites is."""
         return Skellam(

@@ -8,7 +8,7 @@ ones. Kairouz, Liu and Steinke 2021, Algorithm 1, with the noise of Agarwal, Kai
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from .errors import NoGuarantee
 from .events import Skellam
 from .noise import derive_key, generator
 from .rotation import ConditionalRounding, Floats, Rotation, record_l2_bound, round_at_random
-from .skellam import MAX_VARIANCE, SharedNoise, add_share, coordinate_bound, share
+from .skellam import MAX_VARIANCE, SharedNoise, add_share, coordinate_bound, share, share_variance
 
 # Integer steps in C, in units of √d. What rounding adds to ε falls with them, what a site uploads grows by their
 # logarithm: at 100 a record's sensitivity grows by 1 %, at 10 a client's by 0.4 %.
@@ -214,3 +214,73 @@ def _finest(candidates: Iterable[S], sites: int, most_bits: int) -> S:
         f"share's variance is beyond 2^{MAX_VARIANCE.bit_length() - 1}. Lower the noise (a larger target_epsilon, "
         "fewer rounds, more sites) or use noise = 'local'"
     )
+
+
+class Release(Protocol):
+    """What is known of a sum of small integer vectors: `Counts`, `Standardisation`."""
+
+    @property
+    def dim(self) -> int: ...
+    def variance(self, noise_multiplier: float) -> int: ...
+    def event(self, *, share_variance: int, shares: int, colluders: int) -> Skellam: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountSum:
+    """Sums of vectors that are integers as they are, with the sites' shares of noise.
+
+    Args:
+        release: what one unit moves.
+        noise_multiplier: z, in units of what one unit moves.
+        minimum_cohort, colluders: as of `SharedNoise`.
+        sites: the most that are summed.
+        most_bits: of a coordinate of the sum.
+
+    Guarantees:
+        As of `SharedSum`: |coordinate| ≤ `bound`, and one release is `event`.
+    """
+
+    release: Release
+    noise_multiplier: float
+    minimum_cohort: int
+    colluders: int
+    sites: int
+    most_bits: int
+
+    @property
+    def dim(self) -> int:
+        return self.release.dim
+
+    @property
+    def bound(self) -> int:
+        return coordinate_bound(self.limit, self.share_variance)
+
+    @property
+    def limit(self) -> int:
+        """What a site's own count is held to: half of what the sum has room for."""
+        return 1 << (self.most_bits - 3 - self.sites.bit_length())
+
+    @property
+    def share_variance(self) -> int:
+        """What each site adds, per coordinate."""
+        return share_variance(
+            self.release.variance(self.noise_multiplier),
+            minimum_cohort=self.minimum_cohort,
+            colluders=self.colluders,
+        )
+
+    def event(self, shares: int | None = None) -> Skellam:
+        """As `SharedSum.event`."""
+        return self.release.event(
+            share_variance=self.share_variance,
+            shares=max(self.minimum_cohort, shares or 0),
+            colluders=self.colluders,
+        )
+
+    def add_noise(self, total: NDArray[np.int64], key: bytes) -> NDArray[np.int64]:
+        """``total``: the sites have added their shares."""
+        return total
+
+    def encode(self, vector: NDArray[np.int64], key: bytes) -> NDArray[np.int64]:
+        """int64[dim] with this site's share; ``key`` as of `ClientSum.encode`."""
+        return add_share(vector, limit=self.limit, variance=self.share_variance, key=derive_key(key, b"noise share"))

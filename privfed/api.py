@@ -1,7 +1,6 @@
 """``privfed.run``: one call from a configuration to a finished run, and what it gives back."""
 
 import json
-import math
 import os
 import secrets
 from collections.abc import Callable, Sequence
@@ -11,25 +10,29 @@ from pathlib import Path
 
 import msgspec
 import torch
+from torch import nn
 
 from privfed.privacy.accountant import Accountant
-from privfed.privacy.calibration import noise_multiplier_for
-from privfed.privacy.errors import NoGuarantee
-from privfed.privacy.events import Charge, PrivacyUnit
+from privfed.privacy.events import PrivacyUnit
 from privfed.privacy.ledger import Ledger
 
 from . import config_io, folder, keyring
-from .cohort import Cohort, cohort_of
-from .config import Config
+from .cohort import cohort_of
+from .config import Config, SideNoise
 from .data.records import Sites
+from .doors import check_units
 from .errors import ConfigError, DataError, RunFolderError
 from .federation import Federation, RoundReport
 from .folder import Checkpoint, RunFacts, RunFolder
+from .methods import State
+from .noise_levels import noise_levels
 from .parameters import load_vector, to_vector
 from .report import render
+from .selection import best, check_selection, stalled
 from .simulation.consortium import Consortium, members, open_consortium
+from .standardisation import fold
 from .summary import Summary, metrics_line, report_of, summarize
-from .terms import Schema, build_model, checked_encoding, encoding_of, parameter_count, planned_charges
+from .terms import Schema, build_model, checked_encoding, deployment_of, parameter_count
 
 Observer = Callable[[RoundReport], None]
 
@@ -59,37 +62,50 @@ class Preparation:
     data: Sites
     schema: Schema
     noise_multiplier: float
+    side_noise: SideNoise
     accountant: Accountant = field(repr=False)
 
 
-def prepare(config: Config, *, noise_multiplier: float | None = None) -> Preparation:
+def prepare(config: Config, *, facts: RunFacts | None = None) -> Preparation:
     """Check that the configuration can run and promise what it claims; load the data; calibrate the noise.
 
     Args:
         config: what to run.
-        noise_multiplier: σ/C that was calibrated before; None to calibrate.
+        facts: of an interrupted run, whose noise is calibrated already.
 
     Raises:
         ConfigError: a combination that has no guarantee or does not fit the sites.
         DataError: the records can not be read.
     """
     config_io.check(config)
+    check_selection(config)
     reason = config.method.guarantee(config.privacy.unit, config.privacy.noise)
     if reason is not None:
         raise ConfigError(reason)
     data = config.data.load(seed=config.seed)
+    for records in data.sites.values() if config.method.sends else ():
+        check_units(config, records)
     cohort = cohort_of(config, len(data.sites))
     parties = members(config, data)
     for outage in config.simulation.outages:
         if outage.site not in parties:
             raise ConfigError(f"simulation.outages: no site {outage.site!r}; sites are {', '.join(parties)}")
     accountant = Accountant()
-    schema = Schema(features=len(data.inputs), classes=len(data.classes))
-    if noise_multiplier is None:
-        noise_multiplier = _calibrated(config, cohort, schema, accountant)
+    schema = Schema(features=len(data.inputs), classes=len(data.classes), ranges=data.ranges)
+    if config.privacy.standardise_epsilon is not None and not data.ranges:
+        raise ConfigError("privacy.standardise_epsilon needs a data source that declares its inputs' public ranges")
+    if facts is None:
+        noise_multiplier, side_noise = noise_levels(config, cohort, schema, accountant)
+    else:
+        noise_multiplier, side_noise = facts.noise_multiplier, facts.side_noise
     checked_encoding(config, cohort, parameter_count(config, schema), noise_multiplier)
     return Preparation(
-        config=config, data=data, schema=schema, noise_multiplier=noise_multiplier, accountant=accountant
+        config=config,
+        data=data,
+        schema=schema,
+        noise_multiplier=noise_multiplier,
+        side_noise=side_noise,
+        accountant=accountant,
     )
 
 
@@ -125,7 +141,7 @@ def run(
         keyring.ledger_key(Path(ledger))  # refused, without its key, before anything is written
     ready = prepared or prepare(config)
     book = folder.LEDGER if ledger is None else os.fspath(Path(ledger).absolute())
-    facts = RunFacts(run=name, ledger=book, noise_multiplier=ready.noise_multiplier)
+    facts = RunFacts(run=name, ledger=book, noise_multiplier=ready.noise_multiplier, side_noise=ready.side_noise)
     home = RunFolder.create(path, facts, config_io.to_toml(config))
     return _drive(ready, home, observer)
 
@@ -134,7 +150,7 @@ def prepare_resumed(path: Path | str) -> Preparation:
     """`prepare` for the interrupted run in ``path``, with the noise it began with."""
     home = RunFolder.open(Path(path))
     config = config_io.load_config(home.path / folder.CONFIG)
-    return prepare(config, noise_multiplier=home.facts().noise_multiplier)
+    return prepare(config, facts=home.facts())
 
 
 def resume(path: Path | str, *, observer: Observer | None = None, prepared: Preparation | None = None) -> Run:
@@ -170,6 +186,7 @@ def _drive(ready: Preparation, home: RunFolder, observer: Observer | None) -> Ru
         if checkpoint is None:
             start = to_vector(build_model(config, ready.schema))
             checkpoint = Checkpoint(0, config.method.init_server(start), {}, {})
+        kept = checkpoint.kept
         lines = home.metrics(checkpoint.next_round)
         reports = [report_of(line) for line in lines]
         earlier = sum(report.seconds for report in reports)
@@ -193,13 +210,21 @@ def _drive(ready: Preparation, home: RunFolder, observer: Observer | None) -> Ru
                 roster=consortium.roster,
                 engine=consortium.engine,
                 noise_multiplier=ready.noise_multiplier,
+                side_noise=ready.side_noise,
+                schema=ready.schema,
                 state=checkpoint.server,
                 first_round=checkpoint.next_round,
                 server_key=consortium.server_key,
                 retired=checkpoint.retired,
             )
-            for report in federation.rounds():
+            rounds = federation.rounds()
+            while not stalled(reports, config.evaluation.patience):
+                report = next(rounds, None)
+                if report is None:
+                    break
                 reports.append(report)
+                if config.evaluation.keep == "best" and best(reports) == report.round:
+                    kept = {name: tensor.clone() for name, tensor in federation.state.items()}
                 home.add_metrics(metrics_line(facts.run, report))
                 home.save_checkpoint(
                     Checkpoint(
@@ -207,10 +232,13 @@ def _drive(ready: Preparation, home: RunFolder, observer: Observer | None) -> Ru
                         federation.state,
                         {name: site.private_state for name, site in consortium.sites.items()},
                         federation.retired,
+                        kept,
                     )
                 )
                 if observer is not None:
                     observer(report)
+            deployment, colluders = deployment_of(config, cohort_of(config, len(consortium.sites)))
+            sends, delta = config.method.sends, config.privacy.delta
             summary = summarize(
                 config,
                 run=facts.run,
@@ -220,10 +248,12 @@ def _drive(ready: Preparation, home: RunFolder, observer: Observer | None) -> Ru
                 noise_multiplier=ready.noise_multiplier,
                 reports=reports,
                 retired=federation.retired,
+                stopped_early=stalled(reports, config.evaluation.patience) and len(reports) < config.rounds,
+                exposed=[site.exposures(deployment, delta, colluders) for site in consortium.sites.values() if sends],
                 seconds=earlier + (datetime.now(UTC) - started).total_seconds(),
             )
-            _leave(ready, home, federation, consortium, summary)
-    return Run(home.path, summary, tuple(reports), federation.state["theta"])
+            _leave(ready, home, kept or federation.state, consortium, summary)
+    return Run(home.path, summary, tuple(reports), (kept or federation.state)["theta"])
 
 
 def _ended(home: RunFolder) -> Run:
@@ -235,7 +265,7 @@ def _ended(home: RunFolder) -> Run:
         )
     reports = tuple(report_of(line) for line in home.metrics(checkpoint.next_round))
     _close_folder(home)
-    return Run(home.path, _summary(home), reports, checkpoint.server["theta"])
+    return Run(home.path, _summary(home), reports, (checkpoint.kept or checkpoint.server)["theta"])
 
 
 def _summary(home: RunFolder) -> Summary:
@@ -265,15 +295,22 @@ def _same_spending(home: RunFolder, config: Config, reports: Sequence[RoundRepor
                 )
 
 
-def _leave(
-    ready: Preparation, home: RunFolder, federation: Federation, consortium: Consortium, summary: Summary
-) -> None:
+def _leave(ready: Preparation, home: RunFolder, state: State, consortium: Consortium, summary: Summary) -> None:
     """Write what a finished run leaves, and erase what only an unfinished one needs."""
     model = build_model(ready.config, ready.schema)
-    load_vector(model, federation.state["theta"])
+
+    def as_used(theta: torch.Tensor) -> nn.Module:
+        load_vector(model, theta)
+        fold(model, state)  # a user's inputs are not standardised
+        return model
+
     about = {"run": summary.run, "inputs": json.dumps(ready.data.inputs), "classes": json.dumps(ready.data.classes)}
-    home.save_tensors(folder.MODEL, dict(model.named_parameters()), about)
-    personal = {name: site.private_state["theta"] for name, site in consortium.sites.items() if site.private_state}
+    home.save_tensors(folder.MODEL, dict(as_used(state["theta"]).named_parameters()), about)
+    personal = {
+        name: to_vector(as_used(site.private_state["theta"]))
+        for name, site in consortium.sites.items()
+        if site.private_state
+    }
     home.save_tensors(folder.PERSONAL, personal, about)
     home.write(folder.SUMMARY, summary.to_json() + "\n")
     consortium.close()
@@ -298,26 +335,3 @@ def _same_records(home: RunFolder, consortium: Consortium) -> None:
             "again on other records would be a second release. Restore them, or start a new run with --ledger "
             f"{home.ledger()}"
         )
-
-
-def _calibrated(config: Config, cohort: Cohort, schema: Schema, accountant: Accountant) -> float:
-    """σ/C for the run's target, at the smallest cohort that may be summed."""
-    privacy = config.privacy
-    if privacy.unit is PrivacyUnit.NONE or not config.method.sends:
-        return 0.0
-    if privacy.noise_multiplier is not None:
-        return privacy.noise_multiplier
-    if math.isinf(privacy.target_epsilon):
-        raise ConfigError("privacy needs a finite target_epsilon (calibrates the noise) or noise_multiplier (fixes it)")
-    size = parameter_count(config, schema)
-
-    def plan(noise_multiplier: float) -> tuple[Charge, ...]:
-        encoding = encoding_of(config, cohort, size, noise_multiplier)
-        return planned_charges(config, encoding, noise_multiplier, config.rounds)
-
-    try:
-        return noise_multiplier_for(privacy.target_epsilon, privacy.delta, plan, accountant=accountant)
-    except NoGuarantee as refusal:
-        raise ConfigError(str(refusal)) from None
-    except ValueError as error:
-        raise ConfigError(f"privacy.target_epsilon = {privacy.target_epsilon:g}: {error}") from None

@@ -82,6 +82,13 @@ class Privacy(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         float,
         Meta(ge=1e-3, le=1e9, description="public denominator of a site's mean gradient; never computed from the data"),
     ] = 40.0
+    standardise_epsilon: Annotated[
+        Annotated[float, Meta(gt=0, le=1e3)] | None,
+        Meta(
+            description="part of target_epsilon for a noised mean and deviation of every input, by which all sites "
+            "standardise; default: inputs stay as the public ranges scale them"
+        ),
+    ] = None
     insecure_seed: Annotated[
         Annotated[int, Meta(ge=0, le=2**63 - 1)] | None,
         Meta(description="noise anyone can recompute, for reproducing a study; voids the privacy claim"),
@@ -93,6 +100,13 @@ class Privacy(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         if self.sample_rate is not None:
             return self.sample_rate
         return 1.0 if self.noise is NoiseSite.DISTRIBUTED else 0.5
+
+
+class SideNoise(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Noise multipliers of what is released beside the updates; 0 where nothing is."""
+
+    figures: Annotated[float, Meta(ge=0)] = 0.0
+    inputs: Annotated[float, Meta(ge=0)] = 0.0
 
 
 class Aggregation(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -131,6 +145,30 @@ class Evaluation(Section, frozen=True, forbid_unknown_fields=True, kw_only=True)
     """[evaluation]"""
 
     metric: Annotated[str, Meta(pattern="^(accuracy|auroc)$", description='"accuracy" or "auroc"')] = "accuracy"
+    release: Annotated[
+        str,
+        Meta(
+            pattern="^(internal|private|public-cohort)$",
+            description='"internal": every site\'s exact figures, which no ε covers; "private": noised counts of all '
+            'sites together; "public-cohort": exact figures of public_sites alone',
+        ),
+    ] = "internal"
+    target_epsilon: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="private: ε of all figures together; default privacy.target_epsilon, a fifth for clients"),
+    ] = None
+    public_sites: Annotated[
+        tuple[Annotated[str, Meta(min_length=1)], ...],
+        Meta(description="public-cohort: sites whose records are public"),
+    ] = ()
+    patience: Annotated[
+        Annotated[int, Meta(ge=1, le=100_000)] | None,
+        Meta(description="end the run after so many evaluations without a better figure; needs released figures"),
+    ] = None
+    keep: Annotated[
+        str,
+        Meta(pattern="^(last|best)$", description='the model that is kept: "last", or "best" by the released figure'),
+    ] = "last"
     test_fraction: Annotated[
         float,
         Meta(gt=0, lt=1, description="share of every site's records kept for testing, by a keyed hash of their id"),

@@ -12,7 +12,7 @@ from .config import Config
 from .doors import Split
 from .errors import PrivfedError
 from .methods import SingleQuery, State
-from .terms import Grid, Schema, planned_charges
+from .terms import Schema, Update, planned_charges
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def contribute(
     schema: Schema,
     records: Split,
     state: State,
-    encoding: Grid | ClientSum | RecordSum,
+    encoding: Update,
     *,
     noise_multiplier: float,
     key: bytes,

@@ -1,6 +1,6 @@
 """A site's records behind doors: who is for training, who for testing, and which door a run's claim demands."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from .config import Config
 from .data.records import SiteData, keyed_fraction
 from .errors import ConfigError
 from .models import classification_loss
-from .terms import Schema, build_model, split_id
+from .terms import Schema, build_model, split_id, whole_group
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,10 @@ class Split:
     train: SiteData = field(repr=False)
     test: SiteData = field(repr=False)
     parts: dict[str, Tensor] = field(repr=False)
+
+    def standardised(self, mean: Tensor, deviation: Tensor) -> "Split":
+        """The same records with inputs (x − mean) / deviation, float32[F] each."""
+        return replace(self, train=self.train.scaled(mean, deviation), test=self.test.scaled(mean, deviation))
 
 
 def split(config: Config, data: SiteData, key: bytes) -> Split:
@@ -50,6 +54,19 @@ def split(config: Config, data: SiteData, key: bytes) -> Split:
     return Split(train, data.rows(testing), rows)
 
 
+def check_units(config: Config, data: SiteData) -> None:
+    """Return if the records can be told apart as the claim needs it.
+
+    Raises:
+        ConfigError: the claim is about patients, and the records name none.
+    """
+    if config.privacy.unit is PrivacyUnit.PATIENT and data.patients is None:
+        raise ConfigError(
+            "privacy.unit = 'patient' needs to know whose each record is: set data.patient to the column with the "
+            "patient's id, or use privacy.unit = 'record'"
+        )
+
+
 def private_door(config: Config, schema: Schema, records: Split, *, noise_multiplier: float, key: bytes) -> OpacusDoor:
     """The door of noise that each site adds for itself.
 
@@ -59,6 +76,7 @@ def private_door(config: Config, schema: Schema, records: Split, *, noise_multip
     Raises:
         ConfigError: the claim is about patients, and the records name none.
     """
+    check_units(config, records.train)
     privacy = config.privacy
     model, drawn = build_model(config, schema), noise.generator(key)
     settings = DoorSettings(
@@ -76,11 +94,7 @@ def private_door(config: Config, schema: Schema, records: Split, *, noise_multip
             settings=settings,
             randomness=drawn,
         )
-    if records.train.patients is None:
-        raise ConfigError(
-            "privacy.unit = 'patient' needs to know whose each record is: set data.patient to the column with the "
-            "patient's id, or use privacy.unit = 'record'"
-        )
+    assert records.train.patients is not None  # checked above
     return PatientDoor(
         model=model,
         loss=classification_loss,
@@ -124,4 +138,4 @@ def local_door(config: Config, schema: Schema, records: Split) -> Door:
 
 
 def _records(config: Config, records: Split) -> Records:
-    return Records(records.train.inputs, records.train.targets, records.parts, split_id(config))
+    return Records(records.train.inputs, records.train.targets, records.parts, split_id(config), whole_group(config))

@@ -18,16 +18,28 @@ from privfed.crypto.masking.server import MaskedServer
 from privfed.crypto.plain import PlainServer
 from privfed.crypto.roster import Roster
 from privfed.privacy import noise
+from privfed.privacy.releases import Standardisation
 
-from . import wire
+from . import figures, wire
 from .cohort import Cohort, cohort_of
-from .config import Config
+from .config import Config, SideNoise
 from .engines.local import Engine
 from .errors import ConfigError
 from .evaluation import Spread, fraction_hurt, spread
+from .figures import Released
 from .methods import State
 from .parameters import encode
-from .terms import Encoding, checked_encoding, key_holder_of, plan_encoding, session_of
+from .standardisation import DEVIATION, MEAN, standardisation
+from .terms import (
+    Encoding,
+    Schema,
+    Update,
+    checked_encoding,
+    key_holder_of,
+    plan_encoding,
+    session_of,
+    side_encoding,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +56,7 @@ class RoundReport:
         aborted: why no sum was released; None when one was.
         bytes_up: aggregation bytes each contributing site sent, mean.
         measurements: what the sites measured on the new model; empty when this round was not evaluated.
+        released: what all sites' noised counts say of the new model; None where they are not released.
         seconds: wall clock.
     """
 
@@ -56,6 +69,7 @@ class RoundReport:
     bytes_up: float
     measurements: Mapping[str, wire.Measurement]
     seconds: float
+    released: Released | None = None
 
     def figures(self, name: str) -> Spread | None:
         """The spread over sites of ``loss``, ``global_score``, ``personalized`` or ``local_only``."""
@@ -90,6 +104,8 @@ class Federation:
         roster: the sites, by index; with homomorphic aggregation the key holder too.
         engine: carries bytes to them by name.
         noise_multiplier: σ/C, calibrated or given; 0 without a claim.
+        side_noise: σ/C of what is released beside the updates.
+        schema: what is public about every site's table; needed for standardised inputs alone.
         state: the server's state to start from.
         server_key: bytes[32], secret; a coordinator restarted with the same one goes on with a round that was cut
             short. Default fresh.
@@ -108,6 +124,8 @@ class Federation:
         engine: Engine,
         noise_multiplier: float,
         state: State,
+        side_noise: SideNoise = SideNoise(),  # noqa: B008  # frozen
+        schema: Schema | None = None,
         first_round: int = 0,
         server_key: bytes | None = None,
         journal: Journal | None = None,
@@ -116,6 +134,7 @@ class Federation:
     ) -> None:
         self.config, self.run, self.state, self.next_round = config, run, state, first_round
         self._roster, self._engine, self._noise_multiplier, self._clock = roster, engine, noise_multiplier, clock
+        self._side_noise, self._schema = side_noise, schema
         self._names = {index: member.name for index, member in enumerate(roster.members)}
         self.retired = dict(retired or {})
         self._server_key = server_key or noise.new_key()
@@ -147,44 +166,47 @@ class Federation:
 
     def _round(self, number: int, active: tuple[int, ...], cohort: Cohort) -> RoundReport:
         started = self._clock()
-        plan = wire.encode_plan(
-            wire.RoundPlan(
-                run=self.run,
-                round=number,
-                attempt=0,
-                cohort=active,
-                threshold=cohort.threshold,
-                minimum_cohort=cohort.minimum_cohort,
-                colluders=cohort.colluders,
-                degree=cohort.degree,
-                noise_multiplier=self._noise_multiplier,
-                config=self.config,
-                roster_version=self._roster.version,
-                key_holder=self._key_holder,
-            )
+        plan = wire.RoundPlan(
+            run=self.run,
+            round=number,
+            attempt=0,
+            cohort=active,
+            threshold=cohort.threshold,
+            minimum_cohort=cohort.minimum_cohort,
+            colluders=cohort.colluders,
+            degree=cohort.degree,
+            noise_multiplier=self._noise_multiplier,
+            side_noise=self._side_noise,
+            features=self._schema.features if self._schema else 1,
+            config=self.config,
+            roster_version=self._roster.version,
+            key_holder=self._key_holder,
         )
-        encoding = plan_encoding(wire.decode_plan(plan), len(self.state["theta"]))
         tally, invited = _Tally(), active
         result: AggregationResult | None = None
         aborted: str | None = None
         if self.config.method.sends:
             try:
-                result = self._aggregate(plan, encoding, number, tally)
+                if self.config.privacy.standardise_epsilon is not None and MEAN not in self.state:
+                    self._standardise(plan, tally)
+                encoding = plan_encoding(plan, len(self.state["theta"]))
+                result = self._aggregate(plan, encoding, "update", tally)
+                self._serve(result, encoding, number)
             except AggregationError as error:
                 aborted = str(error)
                 if isinstance(error, FaultyDealer):
                     for index, by in error.accusers.items():
                         if not by:  # proved by the dealer's own signature; a bare complaint proves nothing
                             self.retired[self._names[index]] = "dealt shares that its own commitments disprove"
-        if result is not None:
-            self._serve(result, encoding, number)
         self.next_round = number + 1
         last = self.next_round == self.config.rounds
         measurements: dict[str, wire.Measurement] = {}
+        released: Released | None = None
         # A method that sends nothing trains where it evaluates: every round is one.
         active = tuple(index for index in active if self._names[index] not in self.retired)
         if last or not self.config.method.sends or self.next_round % self.config.evaluation.every == 0:
-            measurements = self._evaluate(plan, number, active, tally)
+            released = self._figures(plan, tally) if result is not None else None
+            measurements = self._evaluate(plan, active, tally)
         contributors = result.contributors if result else ()
         names = tuple(self._names[index] for index in contributors)
         return RoundReport(
@@ -200,13 +222,16 @@ class Federation:
             aborted=aborted,
             bytes_up=math.fsum(tally.bytes_up.get(name, 0) for name in names) / len(names) if names else 0.0,
             measurements=measurements,
+            released=released,
             seconds=self._clock() - started,
         )
 
-    def _aggregate(self, plan_bytes: bytes, encoding: Encoding, number: int, tally: _Tally) -> AggregationResult:
+    def _aggregate(
+        self, plan: wire.RoundPlan, encoding: Encoding, purpose: wire.Purpose, tally: _Tally
+    ) -> AggregationResult:
         """The integer sum of one attempt, over the engine."""
-        plan, state = wire.decode_plan(plan_bytes), encode(self.state)
-        session = session_of(plan, wire.context(plan_bytes, state), encoding)
+        number, plan_bytes, state = plan.round, wire.encode_plan(plan), encode(self.state)
+        session = session_of(plan, wire.context(plan_bytes, state), encoding, purpose)
         server: AggregationServer
         if self.config.aggregation.kind == "plain":
             server = PlainServer(session=session)
@@ -226,7 +251,7 @@ class Federation:
             messages: dict[int, wire.Request] = {
                 index: wire.Step(number, server.phase, payload)
                 if (index, holds_key) in begun
-                else wire.Begin(number, server.phase, plan_bytes, state, payload)
+                else wire.Begin(number, server.phase, plan_bytes, state, payload, purpose)
                 for index, payload in requests.items()
             }
             begun.update((index, holds_key) for index in requests)
@@ -242,20 +267,42 @@ class Federation:
 
         return run_round(server, exchange, on_bad)
 
-    def _serve(self, result: AggregationResult, encoding: Encoding, number: int) -> None:
+    def _serve(self, result: AggregationResult, encoding: Update, number: int) -> None:
         # Noise of this very sum: a restart repeats it, and another sum in its place would not share it
         labels = (self.run.encode(), number.to_bytes(8, "big"), hashlib.sha256(result.total.tobytes()).digest())
         total = encoding.add_noise(result.total, noise.derive_key(self._server_key, b"noise", *labels))
         mean = encoding.decode(total, summands=len(result.contributors))
         progress = number / self.config.rounds
-        self.state = self.config.method.serve(self.state, torch.from_numpy(mean).float(), progress)
+        beside = {name: self.state[name] for name in (MEAN, DEVIATION) if name in self.state}
+        self.state = {**self.config.method.serve(self.state, torch.from_numpy(mean).float(), progress), **beside}
 
-    def _evaluate(
-        self, plan: bytes, number: int, active: tuple[int, ...], tally: _Tally
-    ) -> dict[str, wire.Measurement]:
+    def _standardise(self, plan: wire.RoundPlan, tally: _Tally) -> None:
+        """Have the sites' noised moments in the state, before the first model is trained on them."""
+        assert self._schema is not None  # api gives it
+        encoding = side_encoding(plan, "inputs")
+        result = self._aggregate(plan, encoding, "inputs", tally)
+        assert isinstance(encoding.release, Standardisation)
+        self.state = {**self.state, **standardisation(self._schema, encoding.release, result.total)}
+
+    def _figures(self, plan: wire.RoundPlan, tally: _Tally) -> Released | None:
+        """What the sites' noised counts say of the new model."""
+        if self.config.evaluation.release != "private":
+            return None
+        encoding = side_encoding(plan, "figures")
+        try:
+            result = self._aggregate(plan, encoding, "figures", tally)
+        except AggregationError as error:
+            logger.warning("round %d has no figures: %s", plan.round + 1, error)
+            return None
+        return figures.read(self.config, result.total, encoding.share_variance * len(result.contributors))
+
+    def _evaluate(self, plan: wire.RoundPlan, active: tuple[int, ...], tally: _Tally) -> dict[str, wire.Measurement]:
         # Sites that gave up contributing still measure: they get the model like the others.
-        state = encode(self.state)
-        replies = self._ask({index: wire.Evaluate(number, "evaluate", plan, state) for index in active}, tally)
+        state, plan_bytes = encode(self.state), wire.encode_plan(plan)
+        messages: dict[int, wire.Request] = {
+            index: wire.Evaluate(plan.round, "evaluate", plan_bytes, state) for index in active
+        }
+        replies = self._ask(messages, tally)
         return {self._names[index]: reply for index, reply in replies.items() if isinstance(reply, wire.Measurement)}
 
     def _ask(self, messages: Mapping[int, wire.Request], tally: _Tally) -> dict[int, wire.Reply]:

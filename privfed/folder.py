@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from .config import SideNoise
 from .errors import RunFolderError
 from .methods import State
 
@@ -35,22 +36,25 @@ class RunFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         run: its id.
         ledger: path of the ledger; relative to the folder if it stands inside.
         noise_multiplier: σ/C; 0 without a claim.
+        side_noise: σ/C of what is released beside the updates.
         config_sha256: of config.toml; written by `RunFolder.create`.
     """
 
     run: str
     ledger: str
     noise_multiplier: float
+    side_noise: SideNoise = SideNoise()
     config_sha256: str = ""
 
 
 class Checkpoint(msgspec.Struct, frozen=True):
-    """Where a run stands between two rounds."""
+    """Where a run stands between two rounds; ``kept`` is the server's state after the best one, if it is looked for."""
 
     next_round: int
     server: State
     sites: Mapping[str, State]
     retired: Mapping[str, str]
+    kept: State = {}
 
 
 class RunFolder:
@@ -199,6 +203,7 @@ class RunFolder:
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Where the run stands, replacing the last one in one step. For the owner alone: it holds personal models."""
         tensors = {f"server/{name}": tensor for name, tensor in checkpoint.server.items()}
+        tensors |= {f"kept/{name}": tensor for name, tensor in checkpoint.kept.items()}
         for site, state in checkpoint.sites.items():
             tensors |= {f"site/{site}/{name}": tensor for name, tensor in state.items()}
         facts = {"next_round": str(checkpoint.next_round), "retired": json.dumps(dict(checkpoint.retired))}
@@ -216,15 +221,18 @@ class RunFolder:
         try:
             tensors, facts = _read_tensors(path)
             server: dict[str, Tensor] = {}
+            kept: dict[str, Tensor] = {}
             sites: dict[str, dict[str, Tensor]] = {}
             for key, tensor in tensors.items():
                 owner, _, rest = key.partition("/")
                 if owner == "server":
                     server[rest] = tensor
+                elif owner == "kept":
+                    kept[rest] = tensor
                 else:
                     site, _, name = rest.rpartition("/")
                     sites.setdefault(site, {})[name] = tensor
-            return Checkpoint(int(facts["next_round"]), server, sites, json.loads(facts["retired"]))
+            return Checkpoint(int(facts["next_round"]), server, sites, json.loads(facts["retired"]), kept)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise self._damaged(CHECKPOINT, error) from None
 

@@ -13,7 +13,7 @@ from .config import Policy
 from .errors import PrivfedError
 from .policy import PolicyRefusal
 from .site import Site
-from .terms import key_holder_of, plan_encoding, session_of
+from .terms import key_holder_of, plan_encoding, session_of, side_encoding
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,9 @@ class KeyHolder:
         theta = parameters.decode(message.state).get("theta")
         if theta is None or theta.ndim != 1:
             raise wire.WireError("the model must be one vector of parameters")
-        session = session_of(plan, wire.context(message.plan, message.state), plan_encoding(plan, len(theta)))
+        purpose = message.purpose
+        encoding = plan_encoding(plan, len(theta)) if purpose == "update" else side_encoding(plan, purpose)
+        session = session_of(plan, wire.context(message.plan, message.state), encoding, purpose)
         if self._machine is not None:
             self._machine.close()
         self._machine = HomomorphicKeyHolder(

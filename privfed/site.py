@@ -7,11 +7,13 @@ the ledger has the spend on disk before the vector that it paid for exists in an
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from privfed.crypto.aggregation import AggregationClient, Session, VectorSource
@@ -24,14 +26,16 @@ from privfed.crypto.plain import PlainClient
 from privfed.crypto.roster import Identity, Roster
 from privfed.privacy import noise
 from privfed.privacy.accountant import Accountant, Epsilon
+from privfed.privacy.adversaries import Deployment, Exposure, exposures
 from privfed.privacy.budget import Budget
 from privfed.privacy.errors import BudgetExhausted, ChargeConflict, NoGuarantee, PrivacyError
-from privfed.privacy.events import Charge, PrivacyUnit
+from privfed.privacy.events import Charge, NoiseSite, PrivacyUnit
 from privfed.privacy.ledger import Entry, Ledger
-from privfed.privacy.shared import ClientSum, RecordSum
+from privfed.privacy.releases import Standardisation
+from privfed.privacy.shared import CountSum
 
-from . import evaluation, parameters, wire
-from .config import Config, Policy
+from . import evaluation, figures, parameters, wire
+from .config import Config, Policy, SideNoise
 from .contribution import Contribution, contribute
 from .data.records import SiteData
 from .doors import Split, local_door, split
@@ -39,15 +43,19 @@ from .errors import LedgerKeyError, PrivfedError
 from .methods import Local, State
 from .models import classification_loss
 from .policy import PolicyRefusal, check_policy
+from .standardisation import DEVIATION, MEAN, check_standardisation, inputs_range, unit_means
 from .terms import (
-    Grid,
     Schema,
+    Summand,
     build_model,
     key_holder_of,
     parameter_count,
     plan_encoding,
     planned_charges,
+    run_of,
     session_of,
+    side_charge,
+    side_encoding,
 )
 
 logger = logging.getLogger(__name__)
@@ -55,13 +63,16 @@ logger = logging.getLogger(__name__)
 MAX_PARAMETER = 1e4
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Round:
-    """An attempt in progress."""
+    """An attempt in progress at one of a round's sums."""
 
-    round: int
-    client: AggregationClient
-    settle: Callable[[tuple[int, ...]], None] | None = None  # told who is in the sum, where the charge depends on it
+    plan: wire.RoundPlan
+    purpose: wire.Purpose
+    context: bytes
+    encoding: Summand
+    client: AggregationClient | None = None
+    in_shares: bool = False  # the final charge depends on who contributes
 
 
 class _Replayable:
@@ -148,7 +159,7 @@ class Site:
         self._journal = _Replayable(journal)
         self._noise_key, self._split_key = noise_key, split_key
         self._insecure, self._policy = insecure, policy
-        self._run: tuple[str, Config, float] | None = None
+        self._run: tuple[str, tuple[Config, float, SideNoise]] | None = None
         self._split: Split | None = None
         self._private: State | None = None
         self._local_only: Tensor | None = None
@@ -209,6 +220,13 @@ class Site:
         """ε of everything that the ledger holds for this site's records, all runs together."""
         return self._accountant.epsilon(self._ledger.charges(self.name, self._dataset), delta)
 
+    def exposures(self, deployment: Deployment, delta: float, colluders: Sequence[int]) -> tuple[Exposure, ...]:
+        """The same ε against each adversary; empty without a claim."""
+        if deployment.unit is PrivacyUnit.NONE:
+            return ()
+        charges = self._ledger.charges(self.name, self._dataset)
+        return exposures(deployment, charges, delta, self._accountant, colluders=colluders)
+
     @property
     def insecure_spends(self) -> bool:
         """Whether some release of this site, in whatever run, had noise that others can recompute: its ε is void."""
@@ -224,24 +242,28 @@ class Site:
         reason = config.method.guarantee(config.privacy.unit, config.privacy.noise)
         if reason is not None:
             raise NoGuarantee(reason)
-        encoding = plan_encoding(plan, len(state["theta"]))
-        if config.privacy.unit is not PrivacyUnit.NONE and not self._charged(plan):
-            prior = self._ledger.charges(self.name, self._dataset)
-            self._afford(config, prior, planned_charges(config, encoding, plan.noise_multiplier))
         context = wire.context(message.plan, message.state)
-        settle: Callable[[tuple[int, ...]], None] | None = None
-        if isinstance(encoding, ClientSum | RecordSum) and not encoding.at_server:
-            shared = encoding
+        current = _Round(plan, message.purpose, context, self._encoding(plan, state, message.purpose))
+        if config.privacy.unit is not PrivacyUnit.NONE and not self._charged(current):
+            prior = self._ledger.charges(self.name, self._dataset)
+            self._afford(config, prior, self._planned(current))
+        session = session_of(plan, context, current.encoding, message.purpose)
+        current.client = self._client(plan, session, lambda: self._contribute(current, state))
+        self._current, self._begun = current, (plan.run, plan.round)
+        return current.client.receive(message.opening)
 
-            def settle(summed: tuple[int, ...]) -> None:
-                self._settle(plan, shared, context, summed)
+    def _encoding(self, plan: wire.RoundPlan, state: State, purpose: wire.Purpose) -> Summand:
+        if purpose == "update":
+            return plan_encoding(plan, len(state["theta"]))
+        if plan.features != self._schema.features:
+            raise wire.WireError(f"the plan is for {plan.features} inputs, this site's table has others")
+        return side_encoding(plan, purpose)
 
-        def vector() -> IntVector:
-            return self._contribute(plan, state, encoding, context)
-
-        client = self._client(plan, session_of(plan, context, encoding), vector)
-        self._current, self._begun = _Round(plan.round, client, settle), (plan.run, plan.round)
-        return client.receive(message.opening)
+    def _planned(self, current: "_Round") -> tuple[Charge, ...]:
+        config, encoding = current.plan.config, current.encoding
+        if isinstance(encoding, CountSum):
+            return (side_charge(config, encoding, current.purpose),)
+        return planned_charges(config, encoding, current.plan.noise_multiplier)
 
     def _client(self, plan: wire.RoundPlan, session: Session, vector: VectorSource) -> AggregationClient:
         """This site's machine in the plan's aggregation."""
@@ -268,37 +290,52 @@ class Site:
     def _step(self, message: wire.Step) -> bytes:
         # Fail closed: without this round's state there is nothing that may be said, least of all an unmasked vector.
         current = self._current
-        if current is None or current.round != message.round:
+        if current is None or current.client is None or current.plan.round != message.round:
             raise wire.WireError(f"{self.name} has no round {message.round} in progress")
         reply = current.client.receive(message.payload)
-        if current.settle is not None and isinstance(current.client, MaskedClient) and current.client.summed:
-            current.settle(current.client.summed)
+        if current.in_shares and isinstance(current.client, MaskedClient) and current.client.summed:
+            self._settle(current, current.client.summed)
         return reply
 
-    def _contribute(
-        self, plan: wire.RoundPlan, state: State, encoding: Grid | ClientSum | RecordSum, context: bytes
-    ) -> IntVector:
-        """int64[dim]: the site's update, noised, charged and as integers."""
-        config = plan.config
+    def _contribute(self, current: "_Round", state: State) -> IntVector:
+        """int64[dim]: what the site adds to the sum, noised, charged and as integers."""
+        plan, config, encoding = current.plan, current.plan.config, current.encoding
         labels: tuple[bytes, ...] = (plan.round.to_bytes(8, "big"), plan.attempt.to_bytes(8, "big"))
         if not self._insecure:  # a known seed is for comparing runs: it gives every run the same noise
-            labels += (bytes.fromhex(self._fingerprint), plan.run.encode(), context)
-        given = contribute(
-            config,
-            self._schema,
-            self._split_of(config),
-            state,
-            encoding,
-            noise_multiplier=plan.noise_multiplier,
-            key=noise.derive_key(self._noise_key, b"round", *labels),
-        )
-        self._book(plan, given, context)
+            labels += (bytes.fromhex(self._fingerprint), plan.run.encode(), current.context)
+        purpose = b"round" if current.purpose == "update" else current.purpose.encode()
+        key = noise.derive_key(self._noise_key, purpose, *labels)
+        records = self._records(config, state)
+        if isinstance(encoding, CountSum):
+            counts = self._counts(config, state, records, encoding)
+            given = Contribution(encoding.encode(counts, key), self._planned(current), in_shares=True)
+        else:
+            given = contribute(
+                config,
+                self._schema,
+                records,
+                state,
+                encoding,
+                noise_multiplier=plan.noise_multiplier,
+                key=key,
+            )
+        current.in_shares = given.in_shares
+        self._book(current, given)
         return given.vector
 
-    def _book(self, plan: wire.RoundPlan, given: Contribution, context: bytes) -> None:
+    def _counts(self, config: Config, state: State, records: Split, encoding: CountSum) -> NDArray[np.int64]:
+        """int64[dim]: counts of the model's figures, or moments of the inputs."""
+        if isinstance(encoding.release, Standardisation):
+            low, high = inputs_range(self._schema)
+            moments = Standardisation(lower=low, upper=high, steps=encoding.release.steps)
+            return moments.encode(unit_means(config, self._split_of(config).train))
+        outputs = evaluation.outputs_of(build_model(config, self._schema), state["theta"], records.test.inputs)
+        return figures.counted(config, records.test, outputs)
+
+    def _book(self, current: "_Round", given: Contribution) -> None:
         """Have the spend on disk; refuse it if it is beyond the budget."""
-        config = plan.config
-        entry = self._entry(plan, given.charges, context)
+        config = current.plan.config
+        entry = self._entry(current, given.charges)
         claimed = config.privacy.unit is not PrivacyUnit.NONE
         check = (lambda prior, new: self._afford(config, prior, new)) if claimed else None
         if given.in_shares:
@@ -306,27 +343,28 @@ class Site:
         else:
             self._ledger.charge(entry, check)
 
-    def _settle(
-        self, plan: wire.RoundPlan, encoding: ClientSum | RecordSum, context: bytes, summed: tuple[int, ...]
-    ) -> None:
+    def _settle(self, current: "_Round", summed: tuple[int, ...]) -> None:
         """Book the noise that the sum really carries: this site has checked who is in it, by their signatures."""
-        entry = self._entry(plan, (Charge(encoding.event(len(summed))),), context)
+        (planned,) = self._planned(current)
+        event = current.encoding.event(len(summed))  # type: ignore[union-attr]  # in shares: it is no Grid
+        entry = self._entry(current, (msgspec.structs.replace(planned, event=event),))
         who = ",".join(map(str, summed))
         metadata = {**entry.metadata, "summed": hashlib.sha256(who.encode()).hexdigest()}
         self._ledger.settle(msgspec.structs.replace(entry, kind="settle", metadata=metadata))
 
-    def _entry(self, plan: wire.RoundPlan, charges: tuple[Charge, ...], context: bytes) -> Entry:
+    def _entry(self, current: "_Round", charges: tuple[Charge, ...]) -> Entry:
+        plan = current.plan
         return Entry(
             site=self.name,
             dataset=self._dataset,
-            run=plan.run,
+            run=run_of(plan.run, current.purpose),
             round=plan.round,
             attempt=plan.attempt,
             unit=plan.config.privacy.unit,
-            noise=plan.config.privacy.noise,
+            noise=plan.config.privacy.noise if current.purpose == "update" else NoiseSite.DISTRIBUTED,
             charges=charges,
             insecure_seed=self._insecure,
-            metadata={"context": context.hex(), "records": self._fingerprint},
+            metadata={"context": current.context.hex(), "records": self._fingerprint},
         )
 
     def _evaluate(self, message: wire.Evaluate) -> wire.Measurement:
@@ -338,7 +376,7 @@ class Site:
             raise wire.WireError(f"{self.name} measures the rounds that it took part in; it did not begin {plan.round}")
         self._measured = (plan.run, plan.round)
         self._current = None
-        config, records = plan.config, self._split_of(plan.config)
+        config, records = plan.config, self._records(plan.config, state)
         model = build_model(config, self._schema)
         if self._private is None:
             self._private = config.method.init_site(parameters.to_vector(model))
@@ -356,7 +394,7 @@ class Site:
             return evaluation.score(outputs(theta), records.test.targets, config.evaluation.metric)
 
         epsilon = None if config.privacy.unit is PrivacyUnit.NONE else self.spent(config.privacy.delta).value
-        if not self._policy.release_figures:
+        if not self._policy.release_figures or not self._shows_figures(config):
             return wire.Measurement(0, None, None, None, None, epsilon)
         loss = classification_loss(outputs(state["theta"]), records.test.targets)
         return wire.Measurement(
@@ -367,6 +405,12 @@ class Site:
             local_only=figure(self._local_only),
             epsilon=epsilon,
         )
+
+    def _shows_figures(self, config: Config) -> bool:
+        """Whether the run wants this site's own exact figures."""
+        if config.evaluation.release == "public-cohort":
+            return self.name in config.evaluation.public_sites
+        return config.evaluation.release == "internal"
 
     # What a plan may ask for
 
@@ -390,14 +434,16 @@ class Site:
             raise wire.WireError(f"the model must be {size} float32 parameters for this site's table")
         if float(theta.abs().max()) > MAX_PARAMETER:
             raise wire.WireError(f"the model has parameters beyond ±{MAX_PARAMETER:g}: gradients lose their digits")
+        check_standardisation(plan.config, self._schema, state)
         return plan, state
 
     def _hold_to(self, plan: wire.RoundPlan) -> None:
         """Hold the plan to what its run began with, also after a restart: the ledger remembers it."""
-        if self._run == (plan.run, plan.config, plan.noise_multiplier):
+        promised = (plan.config, plan.noise_multiplier, plan.side_noise)
+        if self._run == (plan.run, promised):
             return
         config = plan.config
-        terms = hashlib.sha256(msgspec.msgpack.encode((config, plan.noise_multiplier))).hexdigest()
+        terms = hashlib.sha256(msgspec.msgpack.encode(promised)).hexdigest()
         entry = Entry(
             kind="run",
             site=self.name,
@@ -415,11 +461,12 @@ class Site:
             raise PolicyRefusal("the configuration of a run must not change between its rounds") from None
         if self._run is not None and self._run[0] != plan.run:
             self._split, self._private, self._local_only, self._measured = None, None, None, None
-        self._run = (plan.run, config, plan.noise_multiplier)
+        self._run = (plan.run, promised)
 
-    def _charged(self, plan: wire.RoundPlan) -> bool:
+    def _charged(self, current: _Round) -> bool:
         """Whether this very attempt stands in the ledger: a process killed in it does it again, and pays once."""
-        key = (plan.run, plan.round, plan.attempt)
+        plan = current.plan
+        key = (run_of(plan.run, current.purpose), plan.round, plan.attempt)
         recorded = (line.entry for line in self._ledger.entries(self.name) if line.entry.kind in ("charge", "reserve"))
         return any((entry.run, entry.round, entry.attempt) == key for entry in recorded)
 
@@ -431,6 +478,13 @@ class Site:
         budget.ensure(self._accountant, prior, new, site=self.name)
 
     # The doors
+
+    def _records(self, config: Config, state: State) -> Split:
+        """The site's records as the run's model sees them."""
+        records = self._split_of(config)
+        if MEAN not in state:
+            return records
+        return records.standardised(state[MEAN], state[DEVIATION])
 
     def _split_of(self, config: Config) -> Split:
         if self._split is None:

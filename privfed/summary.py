@@ -1,11 +1,13 @@
 """The figures of a run: one object for Python, for ``--json`` and for the summary on the screen."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import msgspec
 
 from privfed.privacy.accountant import Epsilon
+from privfed.privacy.adversaries import Exposure
 from privfed.privacy.events import PrivacyUnit
 
 from . import wire
@@ -13,6 +15,7 @@ from .config import Config
 from .errors import RunFolderError
 from .evaluation import Spread, fraction_hurt, spread
 from .federation import RoundReport
+from .figures import Released
 
 
 class EpsilonSummary(msgspec.Struct, frozen=True):
@@ -20,6 +23,19 @@ class EpsilonSummary(msgspec.Struct, frozen=True):
 
     max: float | None
     per_site: dict[str, float | None]
+
+
+class AdversarySummary(msgspec.Struct, frozen=True):
+    """ε against one adversary, the largest of any site; none where there is no bound, and why.
+
+    Attributes:
+        colluders: sites that stand by it.
+    """
+
+    adversary: str
+    colluders: int
+    epsilon: float | None
+    reason: str
 
 
 class PrivacySummary(msgspec.Struct, frozen=True):
@@ -34,6 +50,7 @@ class PrivacySummary(msgspec.Struct, frozen=True):
     adjacency: str
     sampling: str
     insecure_seed: bool
+    adversaries: tuple[AdversarySummary, ...] = ()
 
 
 class FigureSummary(msgspec.Struct, frozen=True):
@@ -45,7 +62,11 @@ class FigureSummary(msgspec.Struct, frozen=True):
 
 
 class UtilitySummary(msgspec.Struct, frozen=True, rename={"global_": "global"}):
-    """Figures on each site's own test records. Internal: the figures themselves are not differentially private."""
+    """Figures on each site's own test records; ``status`` says what, if anything, covers them.
+
+    Released through noise, there is one figure of all records together and no spread over sites; ``noise_deviation`` is
+    the standard deviation that the noise makes. Personal models then have none: they saw their records without noise.
+    """
 
     metric: str
     global_: FigureSummary
@@ -54,6 +75,7 @@ class UtilitySummary(msgspec.Struct, frozen=True, rename={"global_": "global"}):
     fraction_hurt: float | None
     fraction_hurt_versus_global: float | None
     status: str = "internal, not DP"
+    noise_deviation: float | None = None
 
 
 class AggregationSummary(msgspec.Struct, frozen=True):
@@ -80,6 +102,7 @@ class Summary(msgspec.Struct, frozen=True):
     privacy: PrivacySummary
     utility: UtilitySummary
     aggregation: AggregationSummary
+    stopped_early: bool = False
 
     def to_json(self) -> str:
         return msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
@@ -96,11 +119,13 @@ def summarize(
     reports: Sequence[RoundReport],
     retired: Mapping[str, str],
     seconds: float,
+    stopped_early: bool = False,
+    exposed: Sequence[Sequence[Exposure]] = (),
 ) -> Summary:
     """The summary of the rounds in ``reports``. A site that left counts with what it last measured.
 
     ``insecure`` says that some spend on the ledgers had noise that others can recompute; ``spent`` is what each site's
-    ledger holds at the end, whatever it has measured.
+    ledger holds at the end, whatever it has measured. ``exposed`` has ε against each adversary, site by site.
     """
     latest: dict[str, wire.Measurement] = {}
     for report in reports:
@@ -115,6 +140,11 @@ def summarize(
         values: Spread | None = spread([getattr(measured, name) for measured in latest.values()])
         return FigureSummary(values.mean, values.worst_decile, values.sd) if values else FigureSummary(None, None, None)
 
+    released = next((report.released for report in reversed(reports) if report.released is not None), None)
+    global_figure = figure("global_score")
+    if config.evaluation.release == "private":
+        global_figure = FigureSummary(released.score if released else None, None, None)
+
     def hurt(versus: str) -> float | None:
         return fraction_hurt(
             {site: m.personalized for site, m in latest.items()}, {s: getattr(m, versus) for s, m in latest.items()}
@@ -124,7 +154,8 @@ def summarize(
         run=run,
         rounds=len(reports),
         rounds_planned=config.rounds,
-        complete=len(reports) == config.rounds and (not sends or len(summed) > 0),
+        complete=(stopped_early or len(reports) == config.rounds) and (not sends or len(summed) > 0),
+        stopped_early=stopped_early,
         sites=len(spent),
         simulated=simulated,
         seconds=round(seconds, 3),
@@ -141,16 +172,19 @@ def summarize(
             noise_multiplier=noise_multiplier,
             accountant=largest.accountant if private else "none",
             adjacency="add-or-remove-one",
-            sampling=f"Poisson, rate {config.privacy.rate:g}",
+            sampling=sampling(config),
             insecure_seed=insecure or config.privacy.insecure_seed is not None,
+            adversaries=_worst(exposed),
         ),
         utility=UtilitySummary(
             metric=config.evaluation.metric,
-            global_=figure("global_score"),
+            global_=global_figure,
             personalized=figure("personalized"),
             local_only=figure("local_only"),
             fraction_hurt=hurt("local_only"),
             fraction_hurt_versus_global=hurt("global_score"),
+            status=STATUS[config.evaluation.release],
+            noise_deviation=released.deviation if released else None,
         ),
         aggregation=AggregationSummary(
             kind=config.aggregation.kind if sends else "none",
@@ -159,6 +193,33 @@ def summarize(
             aborted_rounds=sum(report.aborted is not None for report in reports),
         ),
     )
+
+
+STATUS = {
+    "internal": "internal, not DP",
+    "private": "released through noise, counted in ε",
+    "public-cohort": "of the public sites alone",
+}
+
+
+def sampling(config: Config) -> str:
+    """What is drawn in a round, in words."""
+    unit, rate = config.privacy.unit, config.privacy.rate
+    if unit is PrivacyUnit.CLIENT:
+        return "every site, every round"
+    drawn = "patient" if unit is PrivacyUnit.PATIENT and config.privacy.sampling == "patient" else "record"
+    return f"every {drawn}, every round" if rate == 1.0 else f"{drawn}s by Poisson sampling, rate {rate:g}"
+
+
+def _worst(exposed: Sequence[Sequence[Exposure]]) -> tuple[AdversarySummary, ...]:
+    """The largest ε of any site, adversary by adversary."""
+    worst = []
+    for lines in zip(*exposed, strict=True):
+        bounds = [line.epsilon.value for line in lines if line.epsilon is not None]
+        bound = max(bounds) if len(bounds) == len(lines) else None
+        first = next((line for line in lines if (line.epsilon is None) == (bound is None)), lines[0])
+        worst.append(AdversarySummary(first.adversary.value, first.colluders, bound, first.reason))
+    return tuple(worst)
 
 
 def report_of(line: Mapping[str, Any]) -> RoundReport:
@@ -181,6 +242,7 @@ def report_of(line: Mapping[str, Any]) -> RoundReport:
                 for name, measured in line["sites"].items()
             },
             seconds=line["seconds"],
+            released=Released(**line["released"]) if line.get("released") else None,
         )
     except (KeyError, TypeError, AttributeError, msgspec.ValidationError) as error:
         raise RunFolderError(f"a line of metrics.jsonl is damaged ({type(error).__name__})") from None
@@ -197,7 +259,7 @@ def metrics_line(run: str, report: RoundReport) -> dict[str, Any]:
         "run": run,
         "round": report.round,
         "loss": mean("loss"),
-        "global": mean("global_score"),
+        "global": report.released.score if report.released else mean("global_score"),
         "personalized": mean("personalized"),
         "local_only": mean("local_only"),
         "epsilon_max": report.epsilon,
@@ -208,5 +270,6 @@ def metrics_line(run: str, report: RoundReport) -> dict[str, Any]:
         "aborted": report.aborted,
         "bytes_up_per_site": report.bytes_up,
         "sites": {name: msgspec.to_builtins(measured) for name, measured in report.measurements.items()},
+        "released": asdict(report.released) if report.released else None,
         "seconds": round(report.seconds, 4),
     }

@@ -16,11 +16,13 @@ from torch import nn
 from privfed.crypto.aggregation import MAX_BITS, Session
 from privfed.crypto.homomorphic.fields import layout_of
 from privfed.crypto.roster import Roster
+from privfed.privacy.adversaries import Deployment
 from privfed.privacy.discretize import FixedPoint
 from privfed.privacy.errors import NoGuarantee
 from privfed.privacy.events import Charge, NoiseSite, PrivacyUnit
-from privfed.privacy.oracle.door import group
-from privfed.privacy.shared import ClientSum, RecordSum, client_sum, record_sum
+from privfed.privacy.oracle.door import ALL, group
+from privfed.privacy.releases import Counts, Standardisation
+from privfed.privacy.shared import ClientSum, CountSum, RecordSum, client_sum, record_sum
 from privfed.privacy.units import executed_event
 
 from . import wire
@@ -32,10 +34,17 @@ from .models import mlp
 
 @dataclass(frozen=True)
 class Schema:
-    """What is public about every site's table."""
+    """What is public about every site's table.
+
+    Args:
+        features: the model's inputs.
+        classes: what it tells apart.
+        ranges: [low, high] of each input; empty where nobody needs them.
+    """
 
     features: int
     classes: int
+    ranges: tuple[tuple[float, float], ...] = ()
 
 
 def build_model(config: Config, schema: Schema) -> nn.Module:
@@ -53,7 +62,7 @@ def parameter_count(config: Config, schema: Schema) -> int:
 
 
 class Encoding(Protocol):
-    """Vectors as integers: what the aggregation is told, and how its sum is read."""
+    """Vectors as integers: what the aggregation is told."""
 
     @property
     def dim(self) -> int:
@@ -67,10 +76,6 @@ class Encoding(Protocol):
 
     def add_noise(self, total: NDArray[np.int64], key: bytes) -> NDArray[np.int64]:
         """int64[dim]: the sum with the server's own noise, where the run trusts it to add some."""
-        ...
-
-    def decode(self, total: NDArray[np.int64], *, summands: int) -> NDArray[np.float64]:
-        """float64[parameters]: the mean of ``summands`` sites' vectors from the sum."""
         ...
 
 
@@ -96,9 +101,11 @@ class Grid:
         return self.grid.decode(total, summands=summands)
 
 
-def encoding_of(
-    config: Config, cohort: Cohort, parameters: int, noise_multiplier: float, seed: bytes = b""
-) -> Grid | ClientSum | RecordSum:
+Update = Grid | ClientSum | RecordSum
+Summand = Update | CountSum
+
+
+def encoding_of(config: Config, cohort: Cohort, parameters: int, noise_multiplier: float, seed: bytes = b"") -> Update:
     """How updates of ``parameters`` coordinates become integers under the run's unit and noise.
 
     Args:
@@ -164,10 +171,27 @@ def claimed_colluders(config: Config, cohort: Cohort) -> int:
     return colluders
 
 
-def session_of(plan: wire.RoundPlan, context: bytes, encoding: Encoding) -> Session:
+def deployment_of(config: Config, cohort: Cohort) -> tuple[Deployment, tuple[int, ...]]:
+    """What decides who sees what, and the numbers of colluding sites that are worth a line of their own.
+
+    With a key holder among the sites, one colluding site opens every vector; with one of its own, no number of sites.
+    """
+    masked, encrypted = (config.aggregation.kind == kind for kind in ("masked", "homomorphic"))
+    at_a_site = encrypted and config.aggregation.key_holder is not None
+    threshold = cohort.threshold if masked else 1 if at_a_site else None
+    deployment = Deployment(
+        unit=config.privacy.unit, noise=config.privacy.noise, secure_sum=masked or encrypted, threshold=threshold
+    )
+    if config.privacy.noise is not NoiseSite.DISTRIBUTED:
+        return deployment, ()
+    numbers = {claimed_colluders(config, cohort), threshold or 0}
+    return deployment, tuple(sorted(numbers - {0}))
+
+
+def session_of(plan: wire.RoundPlan, context: bytes, encoding: Encoding, purpose: wire.Purpose = "update") -> Session:
     """The aggregation session that a party derives from the plan and model it holds."""
     return Session(
-        run=plan.run,
+        run=run_of(plan.run, purpose),
         round=plan.round,
         attempt=plan.attempt,
         cohort=plan.cohort,
@@ -186,15 +210,27 @@ def cohort_in(plan: wire.RoundPlan) -> Cohort:
     return Cohort(len(plan.cohort), plan.threshold, plan.minimum_cohort, plan.colluders, plan.degree)
 
 
-def plan_encoding(plan: wire.RoundPlan, parameters: int) -> Grid | ClientSum | RecordSum:
+def run_of(run: str, purpose: wire.Purpose) -> str:
+    """The name that a run's sums of one purpose go by in sessions and ledgers: each its own series of rounds."""
+    return run if purpose == "update" else f"{run}/{purpose}"
+
+
+def side_encoding(plan: wire.RoundPlan, purpose: wire.Purpose) -> CountSum:
+    """What is summed in a round beside the updates.
+
+    Raises:
+        NoGuarantee: the plan releases no such thing, or it has no guarantee.
+    """
+    return count_sum(plan.config, cohort_in(plan), purpose, plan.features, getattr(plan.side_noise, purpose))
+
+
+def plan_encoding(plan: wire.RoundPlan, parameters: int) -> Update:
     """`encoding_of` what a plan says."""
     seed = hashlib.sha256(f"{plan.run}\0{plan.round}\0{plan.attempt}".encode()).digest()
     return encoding_of(plan.config, cohort_in(plan), parameters, plan.noise_multiplier, seed)
 
 
-def checked_encoding(
-    config: Config, cohort: Cohort, parameters: int, noise_multiplier: float
-) -> Grid | ClientSum | RecordSum:
+def checked_encoding(config: Config, cohort: Cohort, parameters: int, noise_multiplier: float) -> Update:
     """`encoding_of` a cohort, if the aggregation can add such vectors up.
 
     Raises:
@@ -256,6 +292,74 @@ def key_holder_of(config: Config, roster: Roster) -> int | None:
     raise ValueError(f"homomorphic aggregation needs a key holder; the roster has no member named {name!r}")
 
 
+# What is released beside the updates
+
+BINS = 32  # of a histogram of scores, from which AUROC is read
+CLIENT_STEPS = 1000  # unit = client: a site's accuracy in so many steps
+
+
+def counts_of(config: Config) -> Counts | None:
+    """What the sites count after a round, None where figures are not released through noise.
+
+    One record, or the one that counts of each patient, stands in (records, correct), or in one cell of a histogram of
+    scores by label. A whole site stands as (steps, steps · accuracy). The personal models' figures are not among
+    them: a personal model has seen its site's records without noise, so one record may move all of its counts.
+
+    Raises:
+        NoGuarantee: a combination without one.
+    """
+    if config.evaluation.release != "private":
+        return None
+    unit, metric = config.privacy.unit, config.evaluation.metric
+    if unit is PrivacyUnit.NONE:
+        raise NoGuarantee(
+            "evaluation.release = 'private' promises what privacy.unit = 'none' does not: use release = 'internal'"
+        )
+    if config.aggregation.kind == "plain" or not config.method.sends:
+        raise NoGuarantee(
+            "evaluation.release = 'private' shares its noise in a secure sum: use aggregation.kind = 'masked' or "
+            "'homomorphic', and a method that sends"
+        )
+    if unit is not PrivacyUnit.CLIENT:
+        return Counts(cells=2, cells_per_unit=2) if metric == "accuracy" else Counts(cells=2 * BINS, cells_per_unit=1)
+    if metric != "accuracy":
+        raise NoGuarantee(
+            "evaluation.release = 'private' with privacy.unit = 'client' has no AUROC: a site's histogram has no "
+            "bound. Use evaluation.metric = 'accuracy'"
+        )
+    return Counts(cells=2, cells_per_unit=2, most_per_cell=CLIENT_STEPS)
+
+
+def count_sum(
+    config: Config, cohort: Cohort, purpose: wire.Purpose, features: int, noise_multiplier: float
+) -> CountSum:
+    """The sum of counts or of moments that a run releases.
+
+    Raises:
+        NoGuarantee: the run releases no such thing, or it has no guarantee.
+    """
+    release: Counts | Standardisation | None = counts_of(config)
+    if purpose == "inputs":
+        release = Standardisation(lower=-np.ones(features), upper=np.ones(features))
+        if config.privacy.standardise_epsilon is None:
+            release = None
+        elif config.privacy.unit not in (PrivacyUnit.RECORD, PrivacyUnit.PATIENT) or config.aggregation.kind == "plain":
+            raise NoGuarantee(
+                "privacy.standardise_epsilon needs privacy.unit = 'record' or 'patient' and a secure sum "
+                "(aggregation.kind = 'masked' or 'homomorphic'), in which the noise is shared"
+            )
+    if release is None or noise_multiplier <= 0:
+        raise NoGuarantee(f"the plan asks for {purpose} that its configuration does not release")
+    return CountSum(
+        release=release,
+        noise_multiplier=noise_multiplier,
+        minimum_cohort=cohort.minimum_cohort,
+        colluders=claimed_colluders(config, cohort),
+        sites=cohort.size,
+        most_bits=MAX_BITS,
+    )
+
+
 # What it costs
 
 
@@ -269,6 +373,27 @@ def split_id(config: Config) -> str:
     return f"hash-{hashlib.sha256(msgspec.msgpack.encode(terms)).hexdigest()[:12]}"
 
 
+TRAIN, TEST = "train", "test"
+
+
+def whole_group(config: Config) -> str:
+    """The ledger's name for all training records.
+
+    Where something is released about the test records, the training records are a part like them, so that both
+    together cost the larger of the two. A method with parts of its own has no release about all of them.
+    """
+    if config.evaluation.release != "private" or config.method.parts or config.privacy.unit is PrivacyUnit.CLIENT:
+        return ALL
+    return group(split_id(config), TRAIN)
+
+
+def side_charge(config: Config, encoding: CountSum, purpose: wire.Purpose, shares: int | None = None) -> Charge:
+    """What one sum beside the updates costs; at its worst, unless the shares in it are known."""
+    figures_of_records = purpose == "figures" and config.privacy.unit is not PrivacyUnit.CLIENT
+    where = group(split_id(config), TEST) if figures_of_records else whole_group(config)
+    return Charge(encoding.event(shares), 1, where)
+
+
 def planned_charges(
     config: Config, encoding: Encoding, noise_multiplier: float, participations: int = 1
 ) -> tuple[Charge, ...]:
@@ -277,7 +402,7 @@ def planned_charges(
     if privacy.unit is PrivacyUnit.NONE or not config.method.sends:
         return ()
     if isinstance(encoding, ClientSum | RecordSum):
-        return (Charge(encoding.event(), participations),)
+        return (Charge(encoding.event(), participations, whole_group(config)),)
     event = executed_event(
         privacy.sampling if privacy.unit is PrivacyUnit.PATIENT else "patient",
         sample_rate=privacy.rate,
@@ -285,6 +410,6 @@ def planned_charges(
         max_records=privacy.max_records,
     )
     return tuple(
-        Charge(event, queries.count * participations, group(split_id(config), queries.part))
+        Charge(event, queries.count * participations, group(split_id(config), queries.part, whole_group(config)))
         for queries in config.method.queries()
     )

@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from . import __version__
-from .config import Config
+from .config import Config, SideNoise
 from .errors import PrivfedError
 
 PROTOCOL: Literal["privfed/1"] = "privfed/1"
@@ -27,6 +27,8 @@ class RoundPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         cohort: roster indices of the invited sites, increasing.
         degree: neighbours of each site in the mask graph; None for all.
         key_holder: roster index of the party that decrypts in homomorphic aggregation.
+        features: the model's inputs.
+        side_noise: σ/C of what is released beside the updates.
     """
 
     run: Annotated[str, Meta(min_length=1, max_length=200)]
@@ -39,20 +41,27 @@ class RoundPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     degree: Annotated[int, Meta(ge=2)] | None
     noise_multiplier: Annotated[float, Meta(ge=0)]
     config: Config
+    features: Annotated[int, Meta(ge=1)] = 1
+    side_noise: SideNoise = SideNoise()
     roster_version: int
     key_holder: int | None = None
     protocol: Literal["privfed/1"] = PROTOCOL
     code_version: str = __version__
 
 
+Purpose = Literal["update", "figures", "inputs"]
+"""What is added up: updates, counts of how good the model is, or moments of the inputs."""
+
+
 class Begin(msgspec.Struct, frozen=True, tag="begin"):
-    """The plan, the server's state, and the aggregation's first message."""
+    """The plan, the server's state, and the first message of an aggregation of the round."""
 
     round: int
     step: str
     plan: bytes
     state: bytes
     opening: bytes
+    purpose: Purpose = "update"
 
 
 class Step(msgspec.Struct, frozen=True, tag="step"):

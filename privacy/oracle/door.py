@@ -32,12 +32,14 @@ class Records:
         parts: name → int64[m] row numbers. "all" is every record; the other parts come from a keyed hash of each
             record's id, so that membership never depends on other records.
         split: names the keyed hash behind the parts; the ledger books a part as ``<split>/<part>``.
+        whole: the ledger's name for "all": itself, or a part of that split that all of these records are.
     """
 
     inputs: Tensor = field(repr=False)
     targets: Tensor = field(repr=False)
     parts: Mapping[str, Tensor] = field(repr=False)
     split: str = "none"
+    whole: str = ALL
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -83,6 +85,7 @@ class Meter:
     sample_rate: float
     noise_multiplier: float
     split: str
+    whole: str = ALL
     _queries: dict[int, tuple[Batch, int]] = field(default_factory=dict)
 
     def drawn(self, batch: Batch) -> Batch:
@@ -101,14 +104,16 @@ class Meter:
             if queries:
                 runs[batch._part, queries] = runs.get((batch._part, queries), 0) + 1
         return tuple(
-            charge(group(self.split, part), self.sample_rate, self.noise_multiplier / math.sqrt(queries), count)
+            charge(
+                group(self.split, part, self.whole), self.sample_rate, self.noise_multiplier / math.sqrt(queries), count
+            )
             for (part, queries), count in sorted(runs.items())
         )
 
 
-def group(split: str, part: str) -> str:
-    """The ledger's name for a part of a split."""
-    return ALL if part == ALL else f"{split}/{part}"
+def group(split: str, part: str, whole: str = ALL) -> str:
+    """The ledger's name for a part of a split; of "all", ``whole``."""
+    return whole if part == ALL else f"{split}/{part}"
 
 
 def charge(group: str, sample_rate: float, noise_multiplier: float, count: int) -> Charge:

@@ -40,7 +40,7 @@ class OpacusDoor:
     ) -> None:
         refuse_coupling_layers(model)
         self._records, self._settings, self._randomness, self._loss = records, settings, randomness, loss
-        self._meter = Meter(settings.sample_rate, settings.noise_multiplier, records.split)
+        self._meter = Meter(settings.sample_rate, settings.noise_multiplier, records.split, records.whole)
         # In float64: a kernel chosen by the batch's size rounds the other records' gradients anew, and in float32, at a
         # model made for it, one more record moved the sum by 3 C.
         self._module = GradSampleModule(model.double(), loss_reduction="sum")
@@ -71,6 +71,11 @@ class OpacusDoor:
             .to(theta.dtype)
             .unsqueeze(0)
         )
+
+    @property
+    def whole(self) -> str:
+        """The ledger's name for all records behind this door."""
+        return self._records.whole
 
     @property
     def charges(self) -> tuple[Charge, ...]:

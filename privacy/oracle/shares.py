@@ -46,4 +46,4 @@ class ShareDoor:
     @property
     def charges(self) -> tuple[Charge, ...]:
         """What was executed, at its worst: with the fewest shares that a released sum may carry."""
-        return (Charge(self._shared.event()),) if self._answered else ()
+        return (Charge(self._shared.event(), 1, self._door.whole),) if self._answered else ()

@@ -11,8 +11,9 @@ from rich.table import Table
 from privfed.api import Preparation, Run
 from privfed.cohort import cohort_of
 from privfed.federation import RoundReport
+from privfed.figures import Released
 from privfed.privacy.events import PrivacyUnit
-from privfed.summary import FigureSummary, Summary
+from privfed.summary import AdversarySummary, FigureSummary, Summary, sampling
 
 _VISIBLE_ROUNDS = 12
 
@@ -80,7 +81,7 @@ class Display:
         row = (
             str(report.round + 1),
             f"{loss.mean:.4f}" if loss else "–",
-            f"{score.mean:.4f}" if score else "–",
+            _released(report.released) if report.released else f"{score.mean:.4f}" if score else "–",
             f"{personal.mean:.4f}" if personal else "–",
             f"{report.epsilon:.3f}{self._void}" if report.epsilon is not None else "–",
             f"{len(report.contributed)}/{len(report.invited)}",
@@ -120,6 +121,13 @@ class Display:
         return Group(table, self._progress)
 
 
+def _released(released: Released) -> str:
+    """A noised figure with what its noise does to it."""
+    if released.score is None:
+        return "– (noise)"
+    return f"{released.score:.3f} ± {released.deviation:.3f}" if released.deviation else f"{released.score:.3f}"
+
+
 def _claim(ready: Preparation) -> str:
     privacy = ready.config.privacy
     if not ready.config.method.sends:
@@ -129,7 +137,7 @@ def _claim(ready: Preparation) -> str:
     goal = f"target ε = {privacy.target_epsilon:g}" if privacy.noise_multiplier is None else "fixed noise"
     return (
         f"{privacy.unit.value} unit, {privacy.noise.value} noise, {goal} at δ = {privacy.delta:g} "
-        f"(σ/C = {ready.noise_multiplier:.4g}, Poisson rate {privacy.rate:g})"
+        f"(σ/C = {ready.noise_multiplier:.4g}, {sampling(ready.config)})"
     )
 
 
@@ -171,18 +179,50 @@ def _summary_table(summary: Summary) -> Table:
 
 def _verdict(summary: Summary) -> str:
     privacy, hurt = summary.privacy, summary.utility.fraction_hurt
-    lines = [f"({summary.utility.status}: these figures are the sites' own and were not noised)"]
+    lines = [_about_figures(summary)]
     if hurt is not None:
         lines.append(f"{hurt:.0%} of sites have a personalized model worse than their own local-only one")
     if privacy.epsilon.max is not None:
         void = " VOID: the noise seed is known" if privacy.insecure_seed else ""
         lines.append(
-            f"ε = {privacy.epsilon.max:.4g} at δ = {privacy.delta:g}, {privacy.unit} unit, against whoever sees all "
-            f"that leaves a site ({privacy.noise} noise, {privacy.sampling}, {privacy.accountant} accountant){void}"
+            f"ε = {privacy.epsilon.max:.4g} at δ = {privacy.delta:g}, {privacy.unit} unit, {_against(privacy.noise)} "
+            f"({privacy.noise} noise, {privacy.sampling}, {privacy.accountant} accountant){void}"
         )
+        if privacy.noise != "local":
+            lines += [_adversary(line) for line in privacy.adversaries]
+    if summary.stopped_early:
+        lines.append(f"stopped after {summary.rounds} of {summary.rounds_planned} rounds: no better figure since")
     if not summary.complete:
         lines.append(f"INCOMPLETE: {summary.rounds} of {summary.rounds_planned} rounds")
     return "\n".join(lines)
+
+
+def _about_figures(summary: Summary) -> str:
+    match summary.utility.status:
+        case "internal, not DP":
+            return "(internal, not DP: these figures are the sites' own and were not noised)"
+        case "of the public sites alone":
+            return "(exact figures of the public sites; the others' stay with them)"
+    deviation = summary.utility.noise_deviation
+    shown = f" ± {deviation:.3f} by the noise" if deviation is not None else ""
+    return (
+        f"(released through noise and counted in ε{shown}: all test records together, no spread over sites. Personal "
+        "models saw their records without noise: their figures stay inside)"
+    )
+
+
+def _against(noise: str) -> str:
+    return {
+        "local": "against whoever sees all that leaves a site",
+        "distributed": "against the server and as many sites as the claim allows for",
+        "central": "against everybody but the server, which is trusted",
+    }[noise]
+
+
+def _adversary(line: AdversarySummary) -> str:
+    who = f"{line.adversary} ({line.colluders})" if line.colluders else line.adversary
+    bound = f"ε = {line.epsilon:.4g}" if line.epsilon is not None else "no bound"
+    return f"  {who}: {bound} ({line.reason})"
 
 
 def _bytes(count: float) -> str:

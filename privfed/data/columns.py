@@ -66,6 +66,21 @@ def input_names(columns: Sequence[Column]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def input_ranges(columns: Sequence[Column]) -> tuple[tuple[float, float], ...]:
+    """[low, high] of each of the model's inputs, as `encode` makes them: public, like the declaration behind them."""
+    ranges: list[tuple[float, float]] = []
+    for column in columns:
+        if isinstance(column, Categorical):
+            ranges += [(0.0, 1.0)] * len(column.values)
+            continue
+        low, high = column.range
+        typical = (low + high) / 2 if column.typical is None else column.typical
+        ranges.append((4 * (low - typical) / (high - low), 4 * (high - typical) / (high - low)))
+        if column.missing:
+            ranges.append((0.0, 1.0))
+    return tuple(ranges)
+
+
 def encode(
     frame: pd.DataFrame, columns: Sequence[Column], *, missing: frozenset[str], decimal: str = "."
 ) -> NDArray[np.float32]:

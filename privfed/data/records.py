@@ -2,7 +2,7 @@
 
 import hashlib
 import hmac
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -40,6 +40,10 @@ class SiteData:
         patients = None if self.patients is None else self.patients[mask]
         return SiteData(self.ids[mask], self.inputs[keep], self.targets[keep], patients)
 
+    def scaled(self, mean: Tensor, deviation: Tensor) -> "SiteData":
+        """The records with inputs (x − mean) / deviation, float32[F] each."""
+        return replace(self, inputs=(self.inputs - mean) / deviation)
+
     def fingerprint(self, key: bytes) -> str:
         """Hex HMAC-SHA256 of the records: names the data set in a ledger, and tells nothing without the site's key."""
         digest = hmac.new(key, digestmod=hashlib.sha256)
@@ -59,6 +63,7 @@ class Sites:
         classes: names of the classes; the second one is the positive one.
         simulated: one table was cut into sites that never existed.
         description: one line for the screen.
+        ranges: [low, high] of each input, public; empty where none are known.
         notes: what a user should know about the records; for the site's own eyes.
     """
 
@@ -68,6 +73,7 @@ class Sites:
     simulated: bool
     description: str
     notes: tuple[str, ...] = ()
+    ranges: tuple[tuple[float, float], ...] = ()
 
 
 def public_split_key(seed: int) -> bytes:

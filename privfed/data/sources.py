@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from msgspec import Meta
 
-from .columns import Numeric, encode, input_names
+from .columns import Numeric, encode, input_names, input_ranges
 from .partition import skewed_sites
 from .records import SiteData, Sites
 
@@ -58,6 +58,7 @@ class BreastCancer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_
         return Sites(
             sites={f"hospital-{number + 1}": everyone.rows(site == number) for number in range(self.sites)},
             inputs=input_names(self.columns),
+            ranges=input_ranges(self.columns),
             classes=("benign", "malignant"),
             simulated=True,
             description=f"Wisconsin breast cancer in {self.sites} simulated hospitals",

@@ -21,6 +21,7 @@ from .columns import (
     distinct,
     encode,
     input_names,
+    input_ranges,
     is_missing,
     parse,
     rows,
@@ -57,6 +58,10 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     id: Annotated[
         str | None, Meta(description="column with a unique id a record; default a hash of the columns in use")
     ] = None
+    patient: Annotated[
+        str | None,
+        Meta(description="column with the patient's id: records of one patient stay together in every split"),
+    ] = None
     numeric: Annotated[tuple[Numeric, ...], Meta(description="numeric inputs")] = ()
     categorical: Annotated[tuple[Categorical, ...], Meta(description="inputs that are names")] = ()
     missing_values: Annotated[tuple[str, ...], Meta(description="texts that mean: no value")] = ("", "NA", "NaN", "?")
@@ -81,7 +86,7 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         if not self.columns:
             raise ValueError("data needs at least one numeric or categorical input")
         names = [column.name for column in self.columns]
-        taken = {self.label: "the label", self.site: "the site", self.id: "the id"}
+        taken = {self.label: "the label", self.site: "the site", self.id: "the id", self.patient: "the patient's id"}
         for name in names:
             if name in taken or names.count(name) > 1:
                 raise ValueError(f"column {name!r} can not be an input: it is {taken.get(name, 'listed twice')}")
@@ -127,6 +132,7 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         return Sites(
             sites=sites,
             inputs=input_names(self.columns),
+            ranges=input_ranges(self.columns),
             classes=tuple(self.classes),
             simulated=False,
             description=f"{sum(map(len, sites.values()))} records of {len(sites)} sites",
@@ -146,7 +152,8 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     def _part(self, site: str, file: str) -> "_Part":
         """One file's records."""
         columns = [column.name for column in self.columns] + [self.label]
-        columns += [name for name in (self.site, self.id) if name is not None and not (name == self.site and site)]
+        own = [self.site, self.id, self.patient if self.patient != self.id else None]
+        columns += [name for name in own if name is not None and not (name == self.site and site)]
         frame = read_frame(file, columns, header=self.header, separator=self.separator, maximum_rows=self.maximum_rows)
         try:
             return self._encoded(frame, site)
@@ -174,7 +181,8 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             if self.drop_incomplete:
                 keep &= ~gone
         inputs = encode(frame, self.columns, missing=missing, decimal=self.decimal)
-        return _Part(self._ids(frame, where), where.to_numpy(object), inputs, targets, keep, filled)
+        ids, patients = self._ids(frame, where), self._patients(frame, where)
+        return _Part(ids, patients, where.to_numpy(object), inputs, targets, keep, filled)
 
     def _sites_of(self, frame: pd.DataFrame, missing: frozenset[str]) -> "pd.Series[str]":
         """The site of each record, one spelling each."""
@@ -190,14 +198,7 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     def _ids(self, frame: pd.DataFrame, site: "pd.Series[str]") -> NDArray[np.uint64]:
         """uint64[n]: what stands for each record in the keyed split, unmoved by other records or their order."""
         if self.id is not None:
-            own = frame[self.id].str.strip()
-            nameless = is_missing(own, frozenset(self.missing_values))
-            if nameless.any():
-                raise DataError(
-                    f"id column {self.id!r}: {rows(frame.index.to_numpy()[nameless])} have no id: fill them, or leave "
-                    "data.id away"
-                )
-            named = pd.DataFrame({"site": site, "id": own})
+            named = pd.DataFrame({"site": site, "id": self._named(frame, self.id, "id")})
             twice = named.duplicated(keep=False).to_numpy(bool)
             if twice.any():
                 raise DataError(
@@ -205,11 +206,30 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
                     "their site: remove the duplicates, or leave data.id away"
                 )
             return _hashes(named)
-        cells = {name: _content(frame[name]) for name in frame.columns if name != self.site}
+        cells: dict[str, NDArray[np.uint64]] = {
+            name: _content(frame[name]) for name in frame.columns if name != self.site
+        }
         content = pd.Series(_hashes(pd.DataFrame({**cells, _SITE: _content(site)})))
         # The same row twice is two records: the second one's id says so, whatever stands between them.
         copy = content.groupby(content).cumcount()
         return _hashes(pd.DataFrame({"content": content, "copy": copy}))
+
+    def _patients(self, frame: pd.DataFrame, site: "pd.Series[str]") -> NDArray[np.uint64] | None:
+        """uint64[n]: what stands for the patient of each record, at its own site."""
+        if self.patient is None:
+            return None
+        return _hashes(pd.DataFrame({"site": site, "patient": self._named(frame, self.patient, "patient")}))
+
+    def _named(self, frame: pd.DataFrame, column: str, key: str) -> "pd.Series[str]":
+        """A column of ids, none of them empty."""
+        own = frame[column].str.strip()
+        nameless = is_missing(own, frozenset(self.missing_values))
+        if nameless.any():
+            raise DataError(
+                f"{key} column {column!r}: {rows(frame.index.to_numpy()[nameless])} have no id: fill them, or leave "
+                f"data.{key} away"
+            )
+        return own
 
 
 _SITE = "\0site"
@@ -220,6 +240,7 @@ class _Part:
     """One file's records, row by row."""
 
     ids: NDArray[np.uint64]
+    patients: NDArray[np.uint64] | None
     sites: NDArray[np.object_]
     inputs: NDArray[np.float32]
     targets: NDArray[np.int64]
@@ -243,7 +264,12 @@ class _Part:
             kept = at[self.keep[at]]
             yield (
                 str(name),
-                SiteData(self.ids[kept], torch.from_numpy(self.inputs[kept]), torch.from_numpy(self.targets[kept])),
+                SiteData(
+                    self.ids[kept],
+                    torch.from_numpy(self.inputs[kept]),
+                    torch.from_numpy(self.targets[kept]),
+                    None if self.patients is None else self.patients[kept],
+                ),
             )
 
 

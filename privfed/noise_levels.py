@@ -1,0 +1,92 @@
+"""How much noise a run's target needs: for its updates, and for what it releases beside them."""
+
+import math
+from collections.abc import Callable
+
+import msgspec
+
+from privfed.privacy.accountant import Accountant
+from privfed.privacy.calibration import noise_multiplier_for
+from privfed.privacy.errors import NoGuarantee
+from privfed.privacy.events import Charge, PrivacyUnit
+
+from . import wire
+from .cohort import Cohort
+from .config import Config, SideNoise
+from .errors import ConfigError
+from .terms import Schema, count_sum, counts_of, encoding_of, parameter_count, planned_charges, side_charge
+
+_CLIENT_SHARE = 0.2  # of the target for figures that can not be paid beside the updates
+
+
+def noise_levels(config: Config, cohort: Cohort, schema: Schema, accountant: Accountant) -> tuple[float, SideNoise]:
+    """σ/C of the updates and of what is released beside them, so that all together cost one site target_epsilon.
+
+    ε is that of a site which takes part in every round, at the smallest cohort that may be summed.
+
+    Raises:
+        ConfigError: the target can not be met.
+    """
+    privacy = config.privacy
+    if privacy.unit is PrivacyUnit.NONE or not config.method.sends:
+        try:
+            counts_of(config)
+        except NoGuarantee as refusal:
+            raise ConfigError(str(refusal)) from None
+        if privacy.standardise_epsilon is not None:
+            raise ConfigError("privacy.standardise_epsilon is part of a claim, and this run makes none: leave it away")
+        return 0.0, SideNoise()
+    if privacy.noise_multiplier is None and math.isinf(privacy.target_epsilon):
+        raise ConfigError("privacy needs a finite target_epsilon (calibrates the noise) or noise_multiplier (fixes it)")
+    size = parameter_count(config, schema)
+
+    def side_charges(purpose: wire.Purpose, noise_multiplier: float) -> tuple[Charge, ...]:
+        encoding = count_sum(config, cohort, purpose, schema.features, noise_multiplier)
+        count = evaluations(config) if purpose == "figures" else 1
+        return (msgspec.structs.replace(side_charge(config, encoding, purpose), count=count),)
+
+    def least(key: str, target: float, charges: Callable[[float], tuple[Charge, ...]]) -> float:
+        try:
+            return noise_multiplier_for(target, privacy.delta, charges, accountant)
+        except NoGuarantee as refusal:
+            raise ConfigError(str(refusal)) from None
+        except ValueError as error:
+            raise ConfigError(f"{key} = {target:g}: {error}") from None
+
+    figures = inputs = 0.0
+    try:
+        if counts_of(config) is not None:
+            target = figures_target(config)
+            figures = least("evaluation.target_epsilon", target, lambda z: side_charges("figures", z))
+    except NoGuarantee as refusal:
+        raise ConfigError(str(refusal)) from None
+    if privacy.standardise_epsilon is not None:
+        target = privacy.standardise_epsilon
+        inputs = least("privacy.standardise_epsilon", target, lambda z: side_charges("inputs", z))
+    levels = SideNoise(figures=figures, inputs=inputs)
+    beside = (
+        *(side_charges("figures", levels.figures) if levels.figures else ()),
+        *(side_charges("inputs", levels.inputs) if levels.inputs else ()),
+    )
+
+    def plan(noise_multiplier: float) -> tuple[Charge, ...]:
+        encoding = encoding_of(config, cohort, size, noise_multiplier)
+        return (*planned_charges(config, encoding, noise_multiplier, config.rounds), *beside)
+
+    if privacy.noise_multiplier is not None:
+        return privacy.noise_multiplier, levels
+    return least("privacy.target_epsilon", privacy.target_epsilon, plan), levels
+
+
+def figures_target(config: Config) -> float:
+    """ε for all figures of the run together."""
+    if config.evaluation.target_epsilon is not None:
+        return config.evaluation.target_epsilon
+    # Test records are none of the training records: both together cost the larger. A whole site holds both.
+    share = _CLIENT_SHARE if config.privacy.unit is PrivacyUnit.CLIENT else 1.0
+    return share * config.privacy.target_epsilon
+
+
+def evaluations(config: Config) -> int:
+    """After how many rounds a whole run measures."""
+    return -(-config.rounds // config.evaluation.every)
