@@ -215,6 +215,7 @@ def _drive(ready: Preparation, home: RunFolder, observer: Observer | None) -> Ru
                 state=checkpoint.server,
                 first_round=checkpoint.next_round,
                 server_key=consortium.server_key,
+                journal=consortium.journal,
                 retired=checkpoint.retired,
             )
             rounds = federation.rounds()
