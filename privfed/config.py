@@ -203,7 +203,9 @@ class Simulation(Section, frozen=True, forbid_unknown_fields=True, kw_only=True)
     deadline_seconds: Annotated[float, Meta(gt=0, le=86400, description="how long the server waits in each step")] = (
         600.0
     )
-    threads: Annotated[int, Meta(ge=1, le=1024, description="torch threads")] = 1
+    threads: Annotated[
+        int, Meta(ge=1, le=1024, description="torch threads; as many processes encrypt long vectors")
+    ] = 1
 
 
 class Policy(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -8,6 +8,7 @@ the ledger has the spend on disk before the vector that it paid for exists in an
 import hashlib
 import logging
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import msgspec
@@ -117,6 +118,7 @@ class Site:
             secret; the simulation derives it from the public seed, so that methods are compared on the same split.
         insecure: ``noise_key`` comes from a fixed seed that others know.
         accountant: shared among simulated sites for its cache.
+        pool: `workers` that share the encryption of a long vector.
 
     Guarantees:
         What leaves is an aggregation message, a refusal, or evaluation figures. A refused plan touches no record. The
@@ -139,6 +141,7 @@ class Site:
         insecure: bool,
         policy: Policy,
         accountant: Accountant,
+        pool: Executor | None = None,
     ) -> None:
         self.name = identity.name
         self._identity, self._roster = identity, roster
@@ -156,7 +159,7 @@ class Site:
                 "Restore the key file from your copy"
             )
         self._ledger, self._accountant = ledger, accountant
-        self._journal = _Replayable(journal)
+        self._journal, self._pool = _Replayable(journal), pool
         self._noise_key, self._split_key = noise_key, split_key
         self._insecure, self._policy = insecure, policy
         self._run: tuple[str, tuple[Config, float, SideNoise]] | None = None
@@ -285,6 +288,7 @@ class Site:
             roster=self._roster,
             vector=vector,
             journal=self._journal,
+            pool=self._pool,
         )
 
     def _step(self, message: wire.Step) -> bytes:

@@ -1,7 +1,7 @@
 """The client of `heagg/1`: two messages in, two out; its ciphertexts leave only after everyone's are fixed."""
 
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import BrokenExecutor, Executor
 from contextlib import suppress
 from itertools import repeat
 from typing import Any
@@ -173,4 +173,7 @@ class HomomorphicClient:
         if self._pool is None or len(slots) <= size:
             return key.encrypt(slots)
         parts = [slots[start : start + size].tobytes() for start in range(0, len(slots), size)]
-        return b"".join(self._pool.map(encrypt_part, repeat(key_bytes), parts))
+        try:
+            return b"".join(self._pool.map(encrypt_part, repeat(key_bytes), parts))
+        except BrokenExecutor:  # a worker was killed, for its memory perhaps: slower is better than not at all
+            return key.encrypt(slots)

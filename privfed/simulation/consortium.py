@@ -20,6 +20,7 @@ from ..errors import ConfigError, RunFolderError
 from ..key_holder import KeyHolder, SiteWithKey
 from ..site import Site
 from ..terms import KEY_HOLDER, Schema, needs_key_holder
+from ..workers import workers
 from .faults import FaultyEngine
 
 
@@ -63,7 +64,8 @@ def open_consortium(
     public = tuple(identity.member for identity in identities.values())
     roster = Roster(version=1, previous=FIRST_PREVIOUS, members=public)
     seed = config.privacy.insecure_seed
-    with Ledger(ledger) as book:
+    processes = config.simulation.threads if needs_key_holder(config) else 1
+    with Ledger(ledger) as book, workers(processes) as pool:
         sites = {
             name: Site(
                 identity=identities[name],
@@ -80,6 +82,7 @@ def open_consortium(
                 insecure=seed is not None,
                 policy=config.policy,
                 accountant=accountant,
+                pool=pool,
             )
             for name, records in data.sites.items()
         }
