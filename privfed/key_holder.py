@@ -25,7 +25,7 @@ class KeyHolder:
         identity: its private keys; their public side stands in ``roster``.
         roster: the roster it has accepted.
         journal: its own durable memory, not one that a site's client uses.
-        policy: its ``minimum_cohort`` is what this party demands, whatever a plan says.
+        policy: its ``minimum_cohort`` and ``max_parameters`` are what this party demands, whatever a plan says.
 
     Guarantees:
         Those of `HomomorphicKeyHolder`, for the plan and model that it received itself. One key at a time: a round that
@@ -55,6 +55,10 @@ class KeyHolder:
             reply = wire.Refusal("protocol", str(error), final=False)
         except (PrivfedError, ValueError) as error:
             reply = wire.Refusal("error", str(error), final=False)
+        except Exception as error:
+            # As at a site: whatever a peer's bytes set off, it answers and goes on
+            logger.error("%s: unexpected %s", self.name, type(error).__name__)
+            reply = wire.Refusal("error", f"unexpected {type(error).__name__} at the key holder", final=False)
         if isinstance(reply, wire.Refusal):
             logger.info("%s refuses: %s", self.name, reply.reason)
         return wire.encode(reply)
@@ -75,6 +79,10 @@ class KeyHolder:
         theta = parameters.decode(message.state).get("theta")
         if theta is None or theta.ndim != 1:
             raise wire.WireError("the model must be one vector of parameters")
+        if len(theta) > self._policy.max_parameters:
+            raise PolicyRefusal(
+                f"policy.max_parameters = {self._policy.max_parameters}, the plan's model has {len(theta)}"
+            )
         purpose = message.purpose
         encoding = plan_encoding(plan, len(theta)) if purpose == "update" else side_encoding(plan, purpose)
         session = session_of(plan, wire.context(message.plan, message.state), encoding, purpose)

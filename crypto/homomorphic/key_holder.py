@@ -42,8 +42,9 @@ class HomomorphicKeyHolder:
     ciphertexts and the sum of the blinds: with an aggregator that follows the protocol it learns the sum alone.
 
     A ciphertext crafted to show m slots of this round's key passes the range check by luck alone, with a probability of
-    at most 4^−m (2 fields), 8^−m (3 fields); any other result aborts the round and destroys the key. The key has 4096
-    ternary coefficients, so that fewer than 155 slots of 42 bits cannot fix it.
+    at most 4^−m (2 fields), 8^−m (3 fields); any other result aborts the round and destroys the key, and is the only
+    answer that the attempt ever gets. The key has 4096 ternary coefficients, so that fewer than 155 slots of 42 bits
+    cannot fix it.
 
     **After a crash** the key is gone; it was in memory alone. A restarted key holder makes another one for the same
     attempt, the latest that its journal knows, and everyone begins that anew. What it has once answered to the request

@@ -52,8 +52,9 @@ class HomomorphicServer:
     nothing. The blinds of one set of clients, of at least the quorum, are added up and sent; with a journal, one set
     for an attempt whatever crashes: a key holder learns nothing that refuses clients until few are left, or that claims
     to have lost its key when it has seen the sum, and waits for one without a victim. Memory is the cohort's
-    ciphertexts, until the key holder has them. Not promised: detection of a false but in-range input; a client that
-    seals another key than it blinds with makes the sum unreadable and is not named.
+    ciphertexts, until the key holder has them. Not promised: detection of a false but in-range input, or of a
+    false but in-range sum that the key holder signs; a client that seals another key than it blinds with makes the sum
+    unreadable and is not named.
     """
 
     def __init__(

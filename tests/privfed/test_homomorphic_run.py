@@ -1,5 +1,6 @@
 """Runs with homomorphic aggregation: one word in the configuration, the same model, the key holder's own role."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from privfed.parameters import to_vector
 from privfed.simulation.faults import FaultyEngine
 from privfed.terms import KEY_HOLDER, build_model
 
-from .house import SCHEMA, House, Tap, changed, config, fit
+from .house import SCHEMA, House, Tap, changed, config, fit, records, state_of
 
 HOMOMORPHIC = Aggregation(kind="homomorphic")
 
@@ -155,3 +156,91 @@ def test_a_site_refuses_a_plan_with_another_key_holder(tmp_path: Path) -> None:
         )
         assert isinstance(reply, wire.Refusal)
         assert "another key holder" in reply.reason
+
+
+# Coordinators that lie
+
+
+def begins(tap: Tap) -> dict[tuple[str, str], wire.Begin]:
+    """(party, step) → how the last round began there."""
+    messages = [(site, wire.decode_request(request)) for site, request, _ in tap.log]
+    return {(site, message.step): message for site, message in messages if isinstance(message, wire.Begin)}
+
+
+class Lying:
+    """An engine whose coordinator tells some parties something else."""
+
+    def __init__(self, house: KeyHouse, lie: Callable[[str, wire.Request], wire.Request]) -> None:
+        self._house, self._lie = house, lie
+
+    def exchange(self, requests: Mapping[str, bytes], deadline_seconds: float) -> Mapping[str, bytes]:
+        told = {name: wire.encode(self._lie(name, wire.decode_request(sent))) for name, sent in requests.items()}
+        return self._house.engine.exchange(told, deadline_seconds)
+
+
+@pytest.mark.parametrize("victim", [KEY_HOLDER, "b"])
+@pytest.mark.parametrize("what", ["plan", "state"])
+def test_parties_that_are_told_different_things_add_up_nothing_together(tmp_path: Path, victim: str, what: str) -> None:
+    def lie(name: str, message: wire.Request) -> wire.Request:
+        if name != victim or not isinstance(message, wire.Begin):
+            return message
+        if what == "state":
+            return msgspec.structs.replace(message, state=state_of(0.25))
+        plan = msgspec.structs.replace(wire.decode_plan(message.plan), cohort=(0, 1, 2))
+        return msgspec.structs.replace(message, plan=wire.encode_plan(plan))
+
+    house = KeyHouse(tmp_path)
+    reports, _, _ = house.run(config(aggregation=HOMOMORPHIC, rounds=1), engine=Lying(house, lie))
+    assert "the server is in another session" in reports[0].refused[victim]
+    assert reports[0].contributed == (() if victim == KEY_HOLDER else tuple("acde"))
+
+
+def test_a_key_holder_that_is_begun_anew_releases_no_second_set(tmp_path: Path) -> None:
+    """The coordinator needs no crash to claim one: all five, then all but e, and the difference is e's update."""
+    house = KeyHouse(tmp_path)
+    settings = config(aggregation=HOMOMORPHIC, rounds=1)
+    first, _, _ = house.run(settings)
+    assert first[0].contributed == tuple("abcde")
+    without, _, _ = house.run(settings, lambda site, request, reply: None if site == "e" else reply)
+    assert without[0].aborted is not None
+    assert "another set or sum" in without[0].refused[KEY_HOLDER]
+    # That refusal ended the attempt: the true sum is not given a second time either.
+    assert house.run(settings)[0][0].aborted is not None
+    assert len(house.charged()) == 5
+
+
+def test_a_key_holder_that_is_begun_anew_gives_the_same_sum_and_it_costs_nothing_more(tmp_path: Path) -> None:
+    house = KeyHouse(tmp_path)
+    settings = config(aggregation=HOMOMORPHIC, rounds=1)
+    torch.testing.assert_close(house.run(settings)[1], house.run(settings)[1], rtol=0, atol=0)
+    assert len(house.charged()) == 5
+
+
+def test_a_site_with_other_records_than_before_the_crash_is_left_out(tmp_path: Path) -> None:
+    house = KeyHouse(tmp_path)
+    settings = config(aggregation=HOMOMORPHIC, rounds=1)
+
+    def silent(site: str, request: wire.Request, reply: bytes) -> bytes | None:
+        return None if (site, request.step) == (KEY_HOLDER, "close") else reply
+
+    assert house.run(settings, silent)[0][0].aborted is not None
+    house.sites["a"] = house.start("a", data=records(99))
+    reports, _, _ = house.run(settings)
+    assert reports[0].contributed == tuple("bcde") and "a" in reports[0].refused
+
+
+def test_a_key_holder_survives_what_nobody_foresaw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    house = KeyHouse(tmp_path)
+    _, _, tap = house.run(config(aggregation=HOMOMORPHIC, rounds=1))
+    begin = wire.encode(begins(tap)[KEY_HOLDER, "key"])
+    with monkeypatch.context() as patch:
+        patch.setattr("privfed.parameters.decode", lambda data: 1 // 0)
+        reply = wire.decode_reply(house.key_holder.handle(begin))
+    assert isinstance(reply, wire.Refusal) and "unexpected ZeroDivisionError" in reply.reason
+
+
+def test_a_key_holder_refuses_a_model_beyond_its_policy_before_anyone_pays(tmp_path: Path) -> None:
+    house = KeyHouse(tmp_path, policy=Policy(max_parameters=7))
+    reports, _, _ = house.run(config(aggregation=HOMOMORPHIC, rounds=1))
+    assert "policy.max_parameters = 7, the plan's model has 8" in reports[0].refused[KEY_HOLDER]
+    assert not house.charged()
