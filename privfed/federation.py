@@ -151,6 +151,9 @@ class Federation:
     def rounds(self) -> Iterator[RoundReport]:
         """Run the rounds one by one, until all are done or too few sites are left. The state is current at each."""
         while self.next_round < self.config.rounds:
+            if self._key_holder is not None and self._names[self._key_holder] in self.retired:
+                logger.warning("the run ends before round %d: its key holder has left it", self.next_round + 1)
+                return
             active = tuple(index for index in self._sites if self._names[index] not in self.retired)
             try:
                 cohort = cohort_of(self.config, len(active))
@@ -159,7 +162,7 @@ class Federation:
                     "the run ends before round %d: %d of %d sites are left, too few for a sum",
                     self.next_round + 1,
                     len(active),
-                    len(self._names),
+                    len(self._sites),
                 )
                 return
             yield self._round(self.next_round, active, cohort)

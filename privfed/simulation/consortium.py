@@ -113,7 +113,10 @@ def members(config: Config, data: Sites) -> list[str]:
     if named is None and KEY_HOLDER in names:
         raise ConfigError(f"a site is named {KEY_HOLDER!r}: rename it, or set aggregation.key_holder to a site's name")
     if named is not None and named not in names:
-        raise ConfigError(f"aggregation.key_holder: no site {named!r}; sites are {', '.join(names)}")
+        raise ConfigError(
+            f"aggregation.key_holder: no site {named!r}; sites are {', '.join(names)}. Without it, the key holder is a "
+            "party of its own"
+        )
     return names if named is not None else [*names, KEY_HOLDER]
 
 

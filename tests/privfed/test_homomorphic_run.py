@@ -122,6 +122,7 @@ def test_the_key_holder_demands_its_own_smallest_cohort(tmp_path: Path) -> None:
     )
     reports, _, _ = house.run(config(aggregation=HOMOMORPHIC, rounds=1))
     assert "policy.minimum_cohort = 4, the plan would release a sum of 3" in reports[0].refused[KEY_HOLDER]
+    assert len(house.run(config(aggregation=HOMOMORPHIC, rounds=3))[0]) == 1  # nothing goes on without it
     reports, _, _ = house.run(changed(config(aggregation=HOMOMORPHIC, rounds=1), "aggregation", minimum_cohort=4))
     assert reports[0].aborted is not None  # a site never takes another configuration for the same run
 
@@ -133,6 +134,8 @@ def test_what_does_not_fit_is_refused_before_anything_runs(tmp_path: Path) -> No
         fit(config(aggregation=HOMOMORPHIC), 65)
     with pytest.raises(ConfigError, match="belong to masked aggregation"):
         cohort_of(changed(config(aggregation=HOMOMORPHIC), "aggregation", threshold=3), 5)
+    with pytest.raises(ConfigError, match="key_holder belongs to homomorphic aggregation"):
+        cohort_of(config(aggregation=Aggregation(key_holder="a")), 5)
     with pytest.raises(ConfigError, match="no site 'nobody'"):
         privfed.run(small(aggregation=Aggregation(kind="homomorphic", key_holder="nobody")), out=tmp_path / "run")
     with pytest.raises(ConfigError, match="the roster has no member named 'key-holder'"):
