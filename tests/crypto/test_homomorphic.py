@@ -1,8 +1,9 @@
 """Homomorphic rounds: exact sums, layouts at their limits, dropouts, one key and one answer for each attempt."""
 
+import os
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from privfed.crypto.errors import (
     SumOutOfRange,
     ThresholdNotMet,
 )
+from privfed.crypto.homomorphic import client
 from privfed.crypto.homomorphic import messages as m
 from privfed.crypto.homomorphic.bfv import RELEASE_BUDGET_BITS, PublicKey, RoundKey, _coefficients_one_by_one, seal
 from privfed.crypto.homomorphic.coefficients import CHUNK_BYTES
@@ -228,6 +230,16 @@ def test_many_deliveries_add_up_to_the_same_sum(monkeypatch: pytest.MonkeyPatch)
 def test_processes_give_identical_results() -> None:
     session = he_session(range(3), dim=33 * SLOTS + 1, bound=2**24)  # 34 chunks: a whole task and a short one
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        wire = HeWire(session, pool=pool)
+        assert np.array_equal(wire.run().total, sum(wire.inputs.values()))
+
+
+def test_a_client_whose_processes_die_encrypts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "CHUNKS_PER_TASK", 1)
+    session = he_session(range(3), dim=SLOTS + 1, bound=2**24)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with pytest.raises(BrokenExecutor):
+            pool.submit(os._exit, 1).result()
         wire = HeWire(session, pool=pool)
         assert np.array_equal(wire.run().total, sum(wire.inputs.values()))
 

@@ -212,6 +212,20 @@ def test_a_key_holder_that_is_begun_anew_releases_no_second_set(tmp_path: Path) 
     assert len(house.charged()) == 5
 
 
+def test_a_key_holder_has_one_key_at_a_time(tmp_path: Path) -> None:
+    house = KeyHouse(tmp_path)
+
+    def silent(site: str, request: wire.Request, reply: bytes) -> bytes | None:
+        return None if request.step == "commit" else reply
+
+    settings = config(aggregation=HOMOMORPHIC, rounds=1)
+    assert house.run(settings, silent)[0][0].aborted is not None
+    left = house.key_holder._machine
+    assert left is not None and left._key is not None
+    assert house.run(settings, silent)[0][0].aborted is not None
+    assert left._key is None and house.key_holder._machine is not left
+
+
 def test_a_key_holder_that_is_begun_anew_gives_the_same_sum_and_it_costs_nothing_more(tmp_path: Path) -> None:
     house = KeyHouse(tmp_path)
     settings = config(aggregation=HOMOMORPHIC, rounds=1)
