@@ -12,7 +12,7 @@ import hashlib
 import os
 import secrets
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +32,7 @@ from .events import (
     to_canonical_json,
 )
 
-_APPLICATION_ID = 0x70764C31  # "pvL1" in the SQLite header: tells our files from others
+_APPLICATION_ID = 0x70764C32  # "pvL2" in the SQLite header: tells our files from others
 _BUSY_SECONDS = 30.0
 _MAX_NAME = 200
 # What SQLite calls a file that is cut short, overwritten, or no database at all
@@ -43,9 +43,15 @@ _SCHEMA = {
         id INTEGER PRIMARY KEY AUTOINCREMENT, site TEXT NOT NULL, sequence INTEGER NOT NULL, kind TEXT NOT NULL,
         run TEXT NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL, body BLOB NOT NULL, hash BLOB NOT NULL,
         UNIQUE (site, sequence), UNIQUE (site, kind, run, round, attempt))""",
+    "statements": """CREATE TABLE statements (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, site TEXT NOT NULL, body BLOB NOT NULL)""",
     "entries_no_update": """CREATE TRIGGER entries_no_update BEFORE UPDATE ON entries
         BEGIN SELECT RAISE(ABORT, 'a ledger is append-only'); END""",
     "entries_no_delete": """CREATE TRIGGER entries_no_delete BEFORE DELETE ON entries
+        BEGIN SELECT RAISE(ABORT, 'a ledger is append-only'); END""",
+    "statements_no_update": """CREATE TRIGGER statements_no_update BEFORE UPDATE ON statements
+        BEGIN SELECT RAISE(ABORT, 'a ledger is append-only'); END""",
+    "statements_no_delete": """CREATE TRIGGER statements_no_delete BEFORE DELETE ON statements
         BEGIN SELECT RAISE(ABORT, 'a ledger is append-only'); END""",
     "ledger_no_update": """CREATE TRIGGER ledger_no_update BEFORE UPDATE ON ledger
         BEGIN SELECT RAISE(ABORT, 'a ledger keeps its id'); END""",
@@ -60,7 +66,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     Args:
         kind: "charge" for a spend; "reserve" for a spend at its worst case, written before a release whose noise
             depends on who contributes, and "settle" for what it turned out to be; "run" for the promises that a run
-            starts with (no charges).
+            starts with, "witness" for what a coordinator was told (no charges).
         site: whose records were touched.
         dataset: hex fingerprint of the data set under a key of the site's own.
         run, round, attempt: with kind and site, the name of this entry. A repeated round with fresh noise is a new
@@ -72,7 +78,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         metadata: further public facts as text.
     """
 
-    kind: Literal["charge", "run", "reserve", "settle"] = "charge"
+    kind: Literal["charge", "run", "reserve", "settle", "witness"] = "charge"
     site: str
     dataset: str
     run: str
@@ -98,7 +104,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value < 2**63:
                 raise ValueError(f"{name} must be an integer from 0, got {value!r}")
-        if (self.kind != "run") != bool(self.charges):
+        if (self.kind not in ("run", "witness")) != bool(self.charges):
             raise ValueError(f"a charge has charges and a run entry has none, got {self.kind!r} with {self.charges!r}")
 
 
@@ -129,7 +135,8 @@ class _Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 Check = Callable[[tuple[Charge, ...], tuple[Charge, ...]], None]
 
 
-def _utc_now() -> datetime:
+def utc_now() -> datetime:
+    """The clock of whoever brings none."""
     return datetime.now(UTC)
 
 
@@ -152,7 +159,7 @@ class Ledger:
         OSError: the file cannot be created.
     """
 
-    def __init__(self, path: str | os.PathLike[str], clock: Callable[[], datetime] = _utc_now) -> None:
+    def __init__(self, path: str | os.PathLike[str], clock: Callable[[], datetime] = utc_now) -> None:
         self.path = Path(path)
         self._clock = clock
         self._chains: dict[str, _Chain] = {}
@@ -232,17 +239,28 @@ class Ledger:
             raise ValueError(f'begin_run() takes an entry of kind "run", got {entry.kind!r}')
         return self._append(entry, None)
 
-    def charges(self, site: str, dataset: str, audience: str = "federation") -> tuple[Charge, ...]:
+    def witness(self, entry: Entry) -> Recorded:
+        """Writes what a coordinator was told. Idempotent and raising like `charge`."""
+        if entry.kind != "witness":
+            raise ValueError(f'witness() takes an entry of kind "witness", got {entry.kind!r}')
+        return self._append(entry, None)
+
+    def charges(
+        self, site: str, dataset: str, audience: str = "federation", *, upto: int | None = None
+    ) -> tuple[Charge, ...]:
         """Every charge of a site's data set towards an audience, over all runs: ε never restarts.
 
         A reserved release counts as it was settled, or at its worst case until it is.
+
+        Args:
+            upto: count the chain's first so many entries alone: what was spent then.
 
         Raises:
             NoGuarantee: the charges are of different units, which do not compose.
         """
         with self._explained():
             chain = self._read_on(site)
-        return _spends(chain, dataset, audience)
+        return _spends(chain if upto is None else chain.first(upto), dataset, audience)
 
     def entries(self, site: str | None = None) -> tuple[Recorded, ...]:
         """The entries of one chain, or of all, site by site in order."""
@@ -254,6 +272,35 @@ class Ledger:
         """The last hash of a site's chain in hex, h₀ for an empty one: what a signature should cover."""
         with self._explained():
             return self._read_on(site).head.hex()
+
+    @property
+    def id(self) -> str:
+        """Drawn when the ledger was made; every chain starts from it."""
+        return self._id
+
+    def sites(self) -> tuple[str, ...]:
+        """Names with a chain, in order."""
+        with self._explained():
+            return tuple(self._sites())
+
+    def add_statements(self, statements: Iterable[tuple[str, bytes]]) -> None:
+        """Keep, durably, what was signed about each site's chain. Its content is the signers' business."""
+        with self._explained():
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                self._connection.executemany("INSERT INTO statements (site, body) VALUES (?, ?)", statements)
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    def statements(self, site: str | None = None) -> tuple[bytes, ...]:
+        """What was signed about one chain, or about all, in the order in which it came."""
+        with self._explained():
+            self._check_complete()
+            rows = self._connection.execute("SELECT site, body FROM statements ORDER BY id").fetchall()
+        return tuple(bytes(body) for name, body in rows if site is None or name == site)
 
     def verify(self) -> None:
         """Reads everything again and recomputes every hash, sequence number and canonical form.
@@ -356,6 +403,9 @@ class Ledger:
         (application,) = self._connection.execute("PRAGMA application_id").fetchone()
         if application != _APPLICATION_ID:
             raise LedgerCorrupt(self.path, "it is not a privfed ledger")
+        pages, page = (self._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size"))
+        if self.path.stat().st_size < pages * page:  # SQLite may take what is cut off for empty
+            raise LedgerCorrupt(self.path, "it is cut short")
         (health,) = self._connection.execute("PRAGMA integrity_check(1)").fetchone()
         if health != "ok":
             raise LedgerCorrupt(self.path, f"the database is damaged: {health}")
@@ -375,12 +425,13 @@ class Ledger:
 
     def _check_complete(self) -> None:
         """No chain shows that its last entry is gone. SQLite's own count of numbers given out does."""
-        held, last, given = self._connection.execute(
-            "SELECT (SELECT COUNT(*) FROM entries), (SELECT COALESCE(MAX(id), 0) FROM entries), "
-            "(SELECT COALESCE(MAX(seq), 0) FROM sqlite_sequence WHERE name = 'entries')"
-        ).fetchone()
-        if not held == last == given:
-            raise LedgerCorrupt(self.path, f"{max(last, given) - held} of {max(last, given)} entries are missing")
+        for table in ("entries", "statements"):
+            held, last, given = self._connection.execute(
+                f"SELECT (SELECT COUNT(*) FROM {table}), (SELECT COALESCE(MAX(id), 0) FROM {table}), "
+                f"(SELECT COALESCE(MAX(seq), 0) FROM sqlite_sequence WHERE name = '{table}')"
+            ).fetchone()
+            if not held == last == given:
+                raise LedgerCorrupt(self.path, f"{max(last, given) - held} of {max(last, given)} {table} are missing")
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -397,9 +448,16 @@ class _Chain:
     """What this process has read of one site's chain."""
 
     def __init__(self, genesis: bytes) -> None:
-        self.head = genesis
+        self.genesis = self.head = genesis
         self.recorded: list[Recorded] = []
         self.by_key: dict[tuple[object, ...], Recorded] = {}
+
+    def first(self, count: int) -> "_Chain":
+        """The chain as it was with its first ``count`` entries."""
+        earlier = _Chain(self.genesis)
+        for recorded in self.recorded[:count]:
+            earlier.add(recorded, bytes.fromhex(recorded.hash))
+        return earlier
 
     def add(self, recorded: Recorded, digest: bytes) -> None:
         self.head = digest

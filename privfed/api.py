@@ -226,6 +226,8 @@ def _drive(ready: Preparation, home: RunFolder, observer: Observer | None) -> Ru
                 reports.append(report)
                 if config.evaluation.keep == "best" and best(reports) == report.round:
                     kept = {name: tensor.clone() for name, tensor in federation.state.items()}
+                words = {name: measured.seal for name, measured in report.measurements.items() if measured.seal}
+                consortium.witness.round(facts.run, report.round, words)
                 home.add_metrics(metrics_line(facts.run, report))
                 home.save_checkpoint(
                     Checkpoint(
@@ -313,6 +315,7 @@ def _leave(ready: Preparation, home: RunFolder, state: State, consortium: Consor
         if site.private_state
     }
     home.save_tensors(folder.PERSONAL, personal, about)
+    home.write(folder.KEYS, json.dumps(consortium.witness.public_keys, indent=2, ensure_ascii=False) + "\n")
     home.write(folder.SUMMARY, summary.to_json() + "\n")
     consortium.close()
     _close_folder(home)

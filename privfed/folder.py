@@ -26,7 +26,7 @@ RUN, DATASETS, CONFIG, METRICS, CHECKPOINT = (
     "checkpoint.safetensors",
 )
 MODEL, PERSONAL, SUMMARY, REPORT = "model.safetensors", "personal.safetensors", "summary.json", "report.html"
-LEDGER, JOURNAL, LOCK = "ledger.db", "journal.db", ".lock"
+LEDGER, KEYS, JOURNAL, LOCK = "ledger.db", "keys.json", "journal.db", ".lock"
 
 
 class RunFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

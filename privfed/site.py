@@ -7,9 +7,10 @@ the ledger has the spend on disk before the vector that it paid for exists in an
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from datetime import datetime
 
 import msgspec
 import numpy as np
@@ -31,7 +32,7 @@ from privfed.privacy.adversaries import Deployment, Exposure, exposures
 from privfed.privacy.budget import Budget
 from privfed.privacy.errors import BudgetExhausted, ChargeConflict, NoGuarantee, PrivacyError
 from privfed.privacy.events import Charge, NoiseSite, PrivacyUnit
-from privfed.privacy.ledger import Entry, Ledger
+from privfed.privacy.ledger import Entry, Ledger, utc_now
 from privfed.privacy.releases import Standardisation
 from privfed.privacy.shared import CountSum
 
@@ -44,6 +45,7 @@ from .errors import LedgerKeyError, PrivfedError
 from .methods import Local, State
 from .models import classification_loss
 from .policy import PolicyRefusal, check_policy
+from .seals import seal
 from .standardisation import DEVIATION, MEAN, check_standardisation, inputs_range, unit_means
 from .terms import (
     Schema,
@@ -119,6 +121,7 @@ class Site:
         insecure: ``noise_key`` comes from a fixed seed that others know.
         accountant: shared among simulated sites for its cache.
         pool: `workers` that share the encryption of a long vector.
+        clock: gives an aware datetime, for the dates on what it signs.
 
     Guarantees:
         What leaves is an aggregation message, a refusal, or evaluation figures. A refused plan touches no record. The
@@ -142,6 +145,7 @@ class Site:
         policy: Policy,
         accountant: Accountant,
         pool: Executor | None = None,
+        clock: Callable[[], datetime] = utc_now,
     ) -> None:
         self.name = identity.name
         self._identity, self._roster = identity, roster
@@ -158,7 +162,7 @@ class Site:
                 f"the ledger of {self.name} was written under another key: its spends would be forgotten. "
                 "Restore the key file from your copy"
             )
-        self._ledger, self._accountant = ledger, accountant
+        self._ledger, self._accountant, self._clock = ledger, accountant, clock
         self._journal, self._pool = _Replayable(journal), pool
         self._noise_key, self._split_key = noise_key, split_key
         self._insecure, self._policy = insecure, policy
@@ -397,9 +401,11 @@ class Site:
         def figure(theta: Tensor) -> float | None:
             return evaluation.score(outputs(theta), records.test.targets, config.evaluation.metric)
 
-        epsilon = None if config.privacy.unit is PrivacyUnit.NONE else self.spent(config.privacy.delta).value
+        spent = self.spent(config.privacy.delta)
+        epsilon = None if config.privacy.unit is PrivacyUnit.NONE else spent.value
+        word = self._seal(plan, spent)
         if not self._policy.release_figures or not self._shows_figures(config):
-            return wire.Measurement(0, None, None, None, None, epsilon)
+            return wire.Measurement(0, None, None, None, None, epsilon, word)
         loss = classification_loss(outputs(state["theta"]), records.test.targets)
         return wire.Measurement(
             records=len(records.test),
@@ -408,6 +414,23 @@ class Site:
             personalized=figure(self._private["theta"]),
             local_only=figure(self._local_only),
             epsilon=epsilon,
+            seal=word,
+        )
+
+    def _seal(self, plan: wire.RoundPlan, spent: Epsilon) -> bytes:
+        """This site's signed word on what stands in its ledger."""
+        chain = self._ledger.entries(self.name)
+        return seal(
+            ledger=self._ledger.id,
+            site=self.name,
+            dataset=self._dataset,
+            last=chain[-1] if chain else None,
+            genesis=self._ledger.head(self.name),
+            run=plan.run,
+            round=plan.round,
+            spent=spent,
+            time=self._clock(),
+            private=self._identity.ledger_private,
         )
 
     def _shows_figures(self, config: Config) -> bool:

@@ -248,6 +248,13 @@ def report_of(line: Mapping[str, Any]) -> RoundReport:
         raise RunFolderError(f"a line of metrics.jsonl is damaged ({type(error).__name__})") from None
 
 
+def _figures_of(measured: wire.Measurement) -> dict[str, Any]:
+    """What a site measured; its signed word stands in the ledger."""
+    figures: dict[str, Any] = msgspec.to_builtins(measured)
+    del figures["seal"]
+    return figures
+
+
 def metrics_line(run: str, report: RoundReport) -> dict[str, Any]:
     """One round as it stands in metrics.jsonl."""
 
@@ -269,7 +276,7 @@ def metrics_line(run: str, report: RoundReport) -> dict[str, Any]:
         "refused": dict(report.refused),
         "aborted": report.aborted,
         "bytes_up_per_site": report.bytes_up,
-        "sites": {name: msgspec.to_builtins(measured) for name, measured in report.measurements.items()},
+        "sites": {name: _figures_of(measured) for name, measured in report.measurements.items()},
         "released": asdict(report.released) if report.released else None,
         "seconds": round(report.seconds, 4),
     }

@@ -103,6 +103,7 @@ class Measurement(msgspec.Struct, frozen=True, tag="measurement"):
         loss: mean loss of the global model.
         global_score, personalized, local_only: the configured metric; None where it is undefined.
         epsilon: what the site's ledger says it has spent, all runs together; None without a claim.
+        seal: the site's signed word on its ledger and that ε; see seals.py.
     """
 
     records: int
@@ -111,6 +112,7 @@ class Measurement(msgspec.Struct, frozen=True, tag="measurement"):
     personalized: float | None
     local_only: float | None
     epsilon: float | None
+    seal: bytes = b""
 
 
 Request = Begin | Step | Evaluate

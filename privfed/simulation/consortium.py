@@ -18,8 +18,10 @@ from ..data.records import Sites, public_split_key
 from ..engines.local import Engine, Handler, LocalEngine
 from ..errors import ConfigError, RunFolderError
 from ..key_holder import KeyHolder, SiteWithKey
+from ..seals import COORDINATOR
 from ..site import Site
 from ..terms import KEY_HOLDER, Schema, needs_key_holder
+from ..witness import Witness
 from ..workers import workers
 from .faults import FaultyEngine
 
@@ -31,6 +33,7 @@ class Consortium:
     sites: Mapping[str, Site]
     roster: Roster
     engine: Engine
+    witness: Witness
     server_key: bytes = field(repr=False)
     journal: Journal = field(repr=False)
 
@@ -98,7 +101,9 @@ def open_consortium(
             handlers[name] = SiteWithKey(sites[name], key_holder) if name in sites else key_holder
         engine = FaultyEngine(LocalEngine(handlers), config.simulation, seed=config.seed)
         # No site has an empty name: the coordinator's memory is its own.
-        yield Consortium(sites, roster, engine, noise.derive_key(key, b"coordinator"), _journal(journal, ""))
+        members_of_ledger = {name: identities[name].member.ledger_key for name in sites}
+        witness = Witness(book, keyring.site_key(key, COORDINATOR, "ledger"), members_of_ledger)
+        yield Consortium(sites, roster, engine, witness, noise.derive_key(key, b"coordinator"), _journal(journal, ""))
 
 
 def members(config: Config, data: Sites) -> list[str]:
@@ -108,6 +113,8 @@ def members(config: Config, data: Sites) -> list[str]:
         ConfigError: the key holder's name is taken by a site, or is that of none.
     """
     names, named = list(data.sites), config.aggregation.key_holder
+    if COORDINATOR in names:
+        raise ConfigError(f"a site is named {COORDINATOR!r}, which is the coordinator's name in the ledger: rename it")
     if not needs_key_holder(config):
         return names
     if named is None and KEY_HOLDER in names:
