@@ -35,6 +35,8 @@ from .events import (
 _APPLICATION_ID = 0x70764C32  # "pvL2" in the SQLite header: tells our files from others
 _BUSY_SECONDS = 30.0
 _MAX_NAME = 200
+FEDERATION = "federation"
+"""The audience of what a run releases: its coordinator, its sites, and whoever gets the model."""
 # What SQLite calls a file that is cut short, overwritten, or no database at all
 _DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR_SHORT_READ}
 _SCHEMA = {
@@ -86,7 +88,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     attempt: int = 0
     unit: PrivacyUnit
     noise: NoiseSite
-    audience: str = "federation"
+    audience: str = FEDERATION
     charges: tuple[Charge, ...] = ()
     insecure_seed: bool = False
     metadata: dict[str, str] = {}
@@ -130,6 +132,11 @@ class _Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     entry: Entry
     sequence: int
     time: str
+
+
+def body_of(recorded: Recorded) -> _Body:
+    """What the hash of an entry is over, in canonical JSON."""
+    return _Body(recorded.entry, recorded.sequence, recorded.time)
 
 
 Check = Callable[[tuple[Charge, ...], tuple[Charge, ...]], None]
@@ -245,22 +252,17 @@ class Ledger:
             raise ValueError(f'witness() takes an entry of kind "witness", got {entry.kind!r}')
         return self._append(entry, None)
 
-    def charges(
-        self, site: str, dataset: str, audience: str = "federation", *, upto: int | None = None
-    ) -> tuple[Charge, ...]:
+    def charges(self, site: str, dataset: str, audience: str = FEDERATION) -> tuple[Charge, ...]:
         """Every charge of a site's data set towards an audience, over all runs: ε never restarts.
 
         A reserved release counts as it was settled, or at its worst case until it is.
-
-        Args:
-            upto: count the chain's first so many entries alone: what was spent then.
 
         Raises:
             NoGuarantee: the charges are of different units, which do not compose.
         """
         with self._explained():
             chain = self._read_on(site)
-        return _spends(chain if upto is None else chain.first(upto), dataset, audience)
+        return _spends(chain, dataset, audience)
 
     def entries(self, site: str | None = None) -> tuple[Recorded, ...]:
         """The entries of one chain, or of all, site by site in order."""
@@ -448,16 +450,9 @@ class _Chain:
     """What this process has read of one site's chain."""
 
     def __init__(self, genesis: bytes) -> None:
-        self.genesis = self.head = genesis
+        self.head = genesis
         self.recorded: list[Recorded] = []
         self.by_key: dict[tuple[object, ...], Recorded] = {}
-
-    def first(self, count: int) -> "_Chain":
-        """The chain as it was with its first ``count`` entries."""
-        earlier = _Chain(self.genesis)
-        for recorded in self.recorded[:count]:
-            earlier.add(recorded, bytes.fromhex(recorded.hash))
-        return earlier
 
     def add(self, recorded: Recorded, digest: bytes) -> None:
         self.head = digest

@@ -29,7 +29,8 @@ class KeyHolder:
 
     Guarantees:
         Those of `HomomorphicKeyHolder`, for the plan and model that it received itself. One key at a time: a round that
-        begins, or begins anew, destroys the one before. The key of a round that its coordinator gave up lives until then, in memory.
+        begins, or begins anew, destroys the one before. The key of a round that its coordinator gave up lives until
+        then, in memory.
     """
 
     def __init__(self, *, identity: Identity, roster: Roster, journal: Journal, policy: Policy) -> None:

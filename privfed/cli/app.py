@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from . import data, predict, report, run
+from . import accountant, data, predict, report, run
 from .exits import BAD_USAGE, FAILED, exit_code
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.command("run")(run.command)
 app.command("report")(report.command)
 app.command("predict")(predict.command)
+app.add_typer(accountant.app, name="accountant")
 app.add_typer(data.app, name="data")
 
 

@@ -1,0 +1,193 @@
+"""``privfed accountant show | verify | export | compose | keygen``: what stands in ledgers."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from privfed.privacy.ledger import Recorded
+
+Target = Annotated[Path, typer.Argument(metavar="LEDGER|RUN", help="A ledger file, or the folder of a run.")]
+Delta = Annotated[float, typer.Option("--delta", min=0.0, max=1.0, help="δ that ε is given at.")]
+Keys = Annotated[
+    Path | None, typer.Option("--keys", metavar="FILE", help="JSON, name: public key in hex, got from the sites.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
+
+
+def show(
+    target: Target,
+    delta: Delta = 1e-5,
+    entries: Annotated[bool, typer.Option("--entries", help="Every entry too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Who has spent what, over all runs on a ledger."""
+    from privfed import verification
+    from privfed.privacy.accountant import Accountant
+    from privfed.privacy.ledger import Ledger
+
+    accountant, rows = Accountant(), list[dict[str, Any]]()
+    with Ledger(verification.find_book(target).path) as ledger:
+        for site in ledger.sites():
+            chain = ledger.entries(site)
+            spends = [line.entry for line in chain if line.entry.charges]
+            cost = verification.spent(ledger, site, delta, accountant)
+            rows.append(
+                {
+                    "site": site,
+                    "entries": len(chain),
+                    "runs": sorted({line.entry.run for line in chain}),
+                    "units": sorted({entry.unit.value for entry in spends}),
+                    "noise": sorted({entry.noise.value for entry in spends}),
+                    "epsilon": _finite(cost.value) if spends else None,
+                    "accountant": cost.accountant if spends else None,
+                    "void": any(entry.insecure_seed for entry in spends),
+                    "head": ledger.head(site),
+                }
+            )
+        listed = [_plain(line) for line in ledger.entries()] if entries else []
+        about = {"ledger": ledger.id, "delta": delta, "sites": rows}
+    if as_json:
+        _print_json({**about, "entries": listed} if entries else about)
+        return
+    typer.echo(f"ledger {about['ledger']}, ε at δ = {delta:g}")
+    for row in rows:
+        unit, noise = ", ".join(row["units"]) or "–", ", ".join(row["noise"]) or "–"
+        bound = f"ε = {_bound(row['epsilon'])}" if row["accountant"] else "nothing spent"
+        void = "  VOID: a known seed made the noise" if row["void"] else ""
+        typer.echo(f"  {row['site']:<24} {bound:<16} {unit} unit, {noise} noise, {len(row['runs'])} runs{void}")
+    for line in listed:
+        typer.echo(f"  {line['site']} {line['sequence']:>5}  {line['time']}  {line['kind']:<8} {line['run']}", nl=False)
+        typer.echo(f" round {line['round']}  {line['charges']}")
+
+
+def verify(target: Target, delta: Delta = 1e-5, keys: Keys = None, as_json: AsJson = False) -> None:
+    """Recompute every hash, signature, root and ε. Exit code 4 names the first that does not hold."""
+    import dataclasses
+
+    from privfed import verification
+    from privfed.privacy.accountant import Accountant
+
+    found = verification.verify(verification.find_book(target, keys), delta=delta, accountant=Accountant())
+    rows = [
+        {
+            **{name: getattr(site, name) for name in ("name", "entries", "signed", "words", "insecure")},
+            "epsilon": _finite(site.epsilon.value) if site.epsilon else None,
+            "accountant": site.epsilon.accountant if site.epsilon else None,
+        }
+        for site in found.sites
+    ]
+    if as_json:
+        _print_json({**dataclasses.asdict(found), "sites": rows, "delta": delta, "verified": True})
+        return
+    total = sum(site.entries for site in found.sites)
+    typer.echo(
+        f"verified: {total} entries of {len(rows)} chains, {found.rounds} rounds witnessed; ledger {found.ledger}"
+    )
+    for row in rows:
+        bound = f"ε = {_bound(row['epsilon'])} at δ = {delta:g}" if row["accountant"] else "the coordinator"
+        typer.echo(f"  {row['name']:<24} {row['entries']:>6} entries, signed up to {row['signed']:>6}   {bound}")
+    for note in found.notes:
+        typer.echo(f"  note: {note}")
+
+
+def export(
+    target: Target,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Instead of stdout.")] = None,
+) -> None:
+    """Canonical JSON lines of a ledger that verifies, for anybody's own check (docs/check_export.py)."""
+    from privfed import exports, verification
+    from privfed.errors import RunFolderError
+
+    text = "\n".join(exports.lines(verification.find_book(target).path)) + "\n"
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RunFolderError(f"can not write {out}: {error.strerror}; give another place with --out FILE") from None
+    typer.echo(f"export: {out}")
+
+
+def compose(
+    targets: Annotated[list[Path], typer.Argument(metavar="LEDGER|RUN…", help="Two or more.")],
+    delta: Delta = 1e-5,
+    as_json: AsJson = False,
+) -> None:
+    """ε of several ledgers together, if sites of one name hold the same people in all of them."""
+    from contextlib import ExitStack
+
+    from privfed import verification
+    from privfed.errors import ConfigError
+    from privfed.privacy.accountant import Accountant
+    from privfed.privacy.ledger import Ledger
+    from privfed.seals import COORDINATOR
+
+    if len(targets) < 2:
+        raise ConfigError("compose takes two or more ledgers; for one, use privfed accountant show")
+    accountant = Accountant()
+    with ExitStack() as stack:
+        books = [stack.enter_context(Ledger(verification.find_book(target).path)) for target in targets]
+        if len({book.id for book in books}) < len(books):
+            raise ConfigError("the same ledger was given twice: its spends would count twice")
+        names = sorted({site for book in books for site in book.sites()} - {COORDINATOR})
+        together = {name: verification.charges_of(books, name) for name in names}
+    rows: list[dict[str, Any]] = [
+        {"site": name, "epsilon": _finite(cost.value), "accountant": cost.accountant}
+        for name, charges in together.items()
+        for cost in [accountant.epsilon(charges, delta)]
+    ]
+    if as_json:
+        _print_json({"delta": delta, "ledgers": [str(target) for target in targets], "sites": rows})
+        return
+    typer.echo(f"{len(targets)} ledgers together, ε at δ = {delta:g} (worst case: every data set of a site, everybody)")
+    for row in rows:
+        typer.echo(f"  {row['site']:<24} ε = {_bound(row['epsilon'])} ({row['accountant']})")
+
+
+def keygen(
+    out: Annotated[Path, typer.Argument(metavar="FILE", help="Where the private key goes, for its owner alone.")],
+) -> None:
+    """A new Ed25519 key for signing ledgers: FILE (mode 0600) and FILE.pub, which others need."""
+    import os
+    import secrets
+
+    from privfed.crypto import keys
+    from privfed.errors import RunFolderError
+
+    private = secrets.token_bytes(keys.KEY_BYTES)
+    public = keys.verification_key(private).hex()
+    try:
+        with os.fdopen(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(private.hex() + "\n")
+        Path(f"{out}.pub").write_text(public + "\n")
+    except FileExistsError:
+        raise RunFolderError(f"{out} is there already: a key is never overwritten; give another name") from None
+    except OSError as error:
+        raise RunFolderError(f"can not write {out}: {error.strerror}") from None
+    typer.echo(f"private key: {out} (keep it)\npublic key:  {public}")
+
+
+def _plain(line: "Recorded") -> dict[str, Any]:
+    import msgspec
+
+    fields: dict[str, Any] = msgspec.to_builtins(line.entry)
+    return {**fields, "sequence": line.sequence, "time": line.time, "hash": line.hash}
+
+
+def _finite(value: float) -> float | None:
+    import math
+
+    return value if math.isfinite(value) else None
+
+
+def _bound(value: float | None) -> str:
+    return "∞" if value is None else f"{value:.4g}"
+
+
+def _print_json(value: object) -> None:
+    import msgspec
+
+    typer.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
