@@ -63,7 +63,8 @@ class Exposure(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
-_OWN_SHARE = "the noise of the other sites is known or can be removed: the site's own share counts alone"
+_LOCAL = "the site's own noise"
+_OWN_SHARE = "the site's own share alone"
 
 
 def exposures(
@@ -144,13 +145,14 @@ def seen_by(
     if colluders < 0 or (colluders and adversary is not Adversary.COALITION):
         raise ValueError(f"colluders must be 0 for {adversary.value!r} and never negative, got {colluders}")
     check_supported(deployment.unit, deployment.noise)
-    match deployment.noise:
-        case NoiseSite.LOCAL:
-            return tuple(charges), "each site's own noise, whatever the others do"
-        case NoiseSite.CENTRAL:
-            return _central(adversary, deployment, charges, every_round)
-        case NoiseSite.DISTRIBUTED:
-            return _distributed(adversary, deployment, charges, colluders)
+    if deployment.noise is NoiseSite.CENTRAL:
+        charges, why = _central(adversary, deployment, charges, every_round)
+        return _less_known_shares(adversary, deployment, charges, colluders)[0], why
+    seen, shared = _less_known_shares(adversary, deployment, charges, colluders)
+    if deployment.noise is NoiseSite.DISTRIBUTED:
+        return seen, shared
+    in_shares = any(isinstance(charge.event, Skellam) for charge in charges)  # figures released beside the updates
+    return seen, f"{_LOCAL}; beside the updates, {shared}" if in_shares else _LOCAL
 
 
 def _central(
@@ -163,7 +165,8 @@ def _central(
         raise NoGuarantee("the server adds the noise and sees the sum without it: it is trusted")
     hidden = adversary is Adversary.MODEL_USER and deployment.cohort_hidden
     if not (hidden and deployment.selection == "poisson" and every_round is not None):
-        return tuple(charges), "the server's noise; the cohort is not secret, so selection earns nothing"
+        unearned = "" if deployment.selection == "all" else "; its choice of sites is no secret and earns nothing"
+        return tuple(charges), "the server's noise" + unearned
     amplified = []
     for charge in every_round:
         if not isinstance(charge.event, Gaussian):
@@ -173,9 +176,10 @@ def _central(
     return tuple(amplified), "the server's noise; sites were selected by secret coins"
 
 
-def _distributed(
+def _less_known_shares(
     adversary: Adversary, deployment: Deployment, charges: Sequence[Charge], colluders: int
 ) -> tuple[tuple[Charge, ...], str]:
+    """The charges with the shares that this adversary does not know, whatever of the run was noised in shares."""
     sees_shares = adversary in (Adversary.SERVER, Adversary.COALITION) and (
         not deployment.secure_sum or (deployment.threshold is not None and colluders >= deployment.threshold)
     )
@@ -193,4 +197,6 @@ def _distributed(
         seen.append(Charge(msgspec.structs.replace(event, colluders=hidden), charge.count, charge.group))
     if alone:
         return tuple(seen), _OWN_SHARE
-    return tuple(seen), "the shares of noise that this adversary does not know"
+    if adversary is Adversary.OTHER_SITE:
+        return tuple(seen), "all shares but its own"
+    return tuple(seen), "all shares but theirs" if colluders else "all shares of the noise"

@@ -11,11 +11,14 @@ from privfed.privacy.adversaries import Exposure
 from privfed.privacy.events import PrivacyUnit
 
 from . import wire
+from .cohort import cohort_of
 from .config import Config
 from .errors import RunFolderError
 from .evaluation import Spread, fraction_hurt, spread
 from .federation import RoundReport
 from .figures import Released
+from .selection import best
+from .terms import claimed_colluders, shares_noise
 
 
 class EpsilonSummary(msgspec.Struct, frozen=True):
@@ -39,7 +42,11 @@ class AdversarySummary(msgspec.Struct, frozen=True):
 
 
 class PrivacySummary(msgspec.Struct, frozen=True):
-    """What is claimed. ε means nothing without δ, the unit and who adds the noise."""
+    """What is claimed. ε means nothing without δ, the unit and who adds the noise.
+
+    Attributes:
+        colluders: with noise in shares, how many sites may work with the server and ε still holds; None otherwise.
+    """
 
     unit: str
     noise: str
@@ -51,6 +58,7 @@ class PrivacySummary(msgspec.Struct, frozen=True):
     sampling: str
     insecure_seed: bool
     adversaries: tuple[AdversarySummary, ...] = ()
+    colluders: int | None = None
 
 
 class FigureSummary(msgspec.Struct, frozen=True):
@@ -88,7 +96,13 @@ class AggregationSummary(msgspec.Struct, frozen=True):
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """What ``privfed run --json`` prints."""
+    """What ``privfed run --json`` prints.
+
+    Attributes:
+        stopped_early: the figure did not get better for ``evaluation.patience`` measurements.
+        kept_round: with ``evaluation.keep = "best"``, the round, from 0, whose model was kept; the figures are always
+            those of the last round.
+    """
 
     run: str
     rounds: int
@@ -103,6 +117,7 @@ class Summary(msgspec.Struct, frozen=True):
     utility: UtilitySummary
     aggregation: AggregationSummary
     stopped_early: bool = False
+    kept_round: int | None = None
 
     def to_json(self) -> str:
         return msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
@@ -156,6 +171,7 @@ def summarize(
         rounds_planned=config.rounds,
         complete=(stopped_early or len(reports) == config.rounds) and (not sends or len(summed) > 0),
         stopped_early=stopped_early,
+        kept_round=best(reports) if config.evaluation.keep == "best" else None,
         sites=len(spent),
         simulated=simulated,
         seconds=round(seconds, 3),
@@ -175,6 +191,7 @@ def summarize(
             sampling=sampling(config),
             insecure_seed=insecure or config.privacy.insecure_seed is not None,
             adversaries=_worst(exposed),
+            colluders=_colluders(config, reports, len(spent)),
         ),
         utility=UtilitySummary(
             metric=config.evaluation.metric,
@@ -209,6 +226,14 @@ def sampling(config: Config) -> str:
         return "every site, every round"
     drawn = "patient" if unit is PrivacyUnit.PATIENT and config.privacy.sampling == "patient" else "record"
     return f"every {drawn}, every round" if rate == 1.0 else f"{drawn}s by Poisson sampling, rate {rate:g}"
+
+
+def _colluders(config: Config, reports: Sequence[RoundReport], sites: int) -> int | None:
+    """The fewest that any round's noise was sized for."""
+    if not shares_noise(config):
+        return None
+    sizes = {len(report.invited) for report in reports if report.contributed} or {sites}
+    return min(claimed_colluders(config, cohort_of(config, size)) for size in sizes)
 
 
 def _worst(exposed: Sequence[Sequence[Exposure]]) -> tuple[AdversarySummary, ...]:

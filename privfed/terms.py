@@ -174,7 +174,8 @@ def claimed_colluders(config: Config, cohort: Cohort) -> int:
 def deployment_of(config: Config, cohort: Cohort) -> tuple[Deployment, tuple[int, ...]]:
     """What decides who sees what, and the numbers of colluding sites that are worth a line of their own.
 
-    With a key holder among the sites, one colluding site opens every vector; with one of its own, no number of sites.
+    With a key holder among the sites, one colluding site opens every vector; with one of its own, no number of sites:
+    then all the others together are, who know all shares but one.
     """
     masked, encrypted = (config.aggregation.kind == kind for kind in ("masked", "homomorphic"))
     at_a_site = encrypted and config.aggregation.key_holder is not None
@@ -182,10 +183,19 @@ def deployment_of(config: Config, cohort: Cohort) -> tuple[Deployment, tuple[int
     deployment = Deployment(
         unit=config.privacy.unit, noise=config.privacy.noise, secure_sum=masked or encrypted, threshold=threshold
     )
-    if config.privacy.noise is not NoiseSite.DISTRIBUTED:
+    if not shares_noise(config):
         return deployment, ()
-    numbers = {claimed_colluders(config, cohort), threshold or 0}
+    numbers = {claimed_colluders(config, cohort), threshold or cohort.size - 1}
     return deployment, tuple(sorted(numbers - {0}))
+
+
+def shares_noise(config: Config) -> bool:
+    """Whether something of the run hides behind noise in shares: its updates, or what it releases beside them."""
+    privacy = config.privacy
+    if privacy.unit is PrivacyUnit.NONE or not config.method.sends:
+        return False
+    beside = config.evaluation.release == "private" or privacy.standardise_epsilon is not None
+    return beside or privacy.noise is NoiseSite.DISTRIBUTED
 
 
 def session_of(plan: wire.RoundPlan, context: bytes, encoding: Encoding, purpose: wire.Purpose = "update") -> Session:

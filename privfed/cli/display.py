@@ -12,8 +12,10 @@ from privfed.api import Preparation, Run
 from privfed.cohort import cohort_of
 from privfed.federation import RoundReport
 from privfed.figures import Released
+from privfed.noise_levels import evaluations, figures_target
 from privfed.privacy.events import PrivacyUnit
 from privfed.summary import AdversarySummary, FigureSummary, Summary, sampling
+from privfed.terms import claimed_colluders, shares_noise
 
 _VISIBLE_ROUNDS = 12
 
@@ -54,6 +56,8 @@ class Display:
         self._console.print(f"  privacy      {_claim(ready)}")
         if config.method.sends:
             self._console.print(f"  aggregation  {_aggregation(ready)}")
+        for term, text in _beside(ready):
+            self._console.print(f"  {term:<12} {text}")
         for note in data.notes:
             self._console.print(f"  note         {note}")
         if config.privacy.insecure_seed is not None:
@@ -61,6 +65,7 @@ class Display:
         self._steps = self._progress.add_task("rounds", total=config.rounds)
         self._metric = config.evaluation.metric
         self._delta = config.privacy.delta
+        self._by_noise = config.evaluation.release == "private"
         self._void = " VOID" if config.privacy.insecure_seed is not None else ""
 
     def __enter__(self) -> "Display":
@@ -93,17 +98,25 @@ class Display:
             self._live.update(self._picture())
         else:
             names = ("round", "loss", "global", "personalized", "epsilon_max", "sites", "bytes_up")
-            self._console.print("  ".join(f"{name} {value}" for name, value in zip(names, row, strict=True)))
+            shown = [(name, value) for name, value in zip(names, row, strict=True) if not self._hidden(name)]
+            self._console.print("  ".join(f"{name} {value}" for name, value in shown))
         console = self._live.console if self._live is not None else self._console
         for site, reason in report.refused.items():
             console.print(f"  {site} refuses: {reason}")
         if report.aborted:
             console.print(f"  round {report.round + 1} released nothing: {report.aborted}")
 
+    def _hidden(self, name: str) -> bool:
+        """Figures that stay inside leave no column behind."""
+        return self._by_noise and name in ("loss", "personalized")
+
     def finish(self, result: Run) -> None:
         """The summary and where everything is."""
         summary = result.summary
-        self._console.print(_summary_table(summary))
+        if self._by_noise:
+            self._console.print(_released_line(summary))
+        else:
+            self._console.print(_summary_table(summary))
         self._console.print(_verdict(summary))
         for site, reason in summary.refusals.items():
             self._console.print(f"  {site}: {reason}")
@@ -111,13 +124,20 @@ class Display:
 
     def _picture(self) -> Group:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for heading in ("round", "loss", f"global {self._metric}", f"personalized {self._metric}"):
-            table.add_column(heading, justify="right")
-        table.add_column(f"ε max (δ={self._delta:g})", justify="right")
-        table.add_column("sites", justify="right")
-        table.add_column("up per site", justify="right")
+        headings = {
+            "round": "round",
+            "loss": "loss",
+            "global": f"global {self._metric}",
+            "personalized": f"personalized {self._metric}",
+            "epsilon_max": f"ε max (δ={self._delta:g})",
+            "sites": "sites",
+            "bytes_up": "up per site",
+        }
+        kept = [number for number, name in enumerate(headings) if not self._hidden(name)]
+        for number in kept:
+            table.add_column(list(headings.values())[number], justify="right")
         for row in self._rows[-_VISIBLE_ROUNDS:]:
-            table.add_row(*row)
+            table.add_row(*(row[number] for number in kept))
         return Group(table, self._progress)
 
 
@@ -139,6 +159,40 @@ def _claim(ready: Preparation) -> str:
         f"{privacy.unit.value} unit, {privacy.noise.value} noise, {goal} at δ = {privacy.delta:g} "
         f"(σ/C = {ready.noise_multiplier:.4g}, {sampling(ready.config)})"
     )
+
+
+def _beside(ready: Preparation) -> list[tuple[str, str]]:
+    """Lines of the header about noise in shares and about what is released beside the updates."""
+    config, lines = ready.config, []
+    evaluation = config.evaluation
+    if shares_noise(config):
+        cohort = cohort_of(config, len(ready.data.sites))
+        colluders = claimed_colluders(config, cohort)
+        lines.append(
+            (
+                "shares",
+                f"each site adds one share of the noise: {cohort.minimum_cohort - colluders} of them are enough for "
+                f"the target, the fewest in a sum ({cohort.minimum_cohort}) less {colluders} that may collude",
+            )
+        )
+    if config.privacy.standardise_epsilon is not None:
+        lines.append(
+            ("inputs", f"standardised by noised means, ε = {config.privacy.standardise_epsilon:g} of the target")
+        )
+    if evaluation.release == "private":
+        times = evaluations(config)
+        lines.append(
+            (
+                "figures",
+                f"released through noise, ε = {figures_target(config):g} for {_counted(times, 'measurement')} of all "
+                "test records together",
+            )
+        )
+    elif evaluation.release == "public-cohort":
+        lines.append(("figures", f"exact, of the public sites alone: {', '.join(evaluation.public_sites)}"))
+    if evaluation.patience is not None:
+        lines.append(("stopping", f"after {_counted(evaluation.patience, 'measurement')} without a better figure"))
+    return lines
 
 
 def _aggregation(ready: Preparation) -> str:
@@ -177,6 +231,14 @@ def _summary_table(summary: Summary) -> Table:
     return table
 
 
+def _released_line(summary: Summary) -> str:
+    figure, deviation = summary.utility.global_.mean, summary.utility.noise_deviation
+    shown = "nothing to read in the noise" if figure is None else f"{figure:.3f}"
+    if figure is not None and deviation is not None:
+        shown += f" ± {deviation:.3f}"
+    return f"{summary.utility.metric} of the global model: {shown}"
+
+
 def _verdict(summary: Summary) -> str:
     privacy, hurt = summary.privacy, summary.utility.fraction_hurt
     lines = [_about_figures(summary)]
@@ -185,13 +247,15 @@ def _verdict(summary: Summary) -> str:
     if privacy.epsilon.max is not None:
         void = " VOID: the noise seed is known" if privacy.insecure_seed else ""
         lines.append(
-            f"ε = {privacy.epsilon.max:.4g} at δ = {privacy.delta:g}, {privacy.unit} unit, {_against(privacy.noise)} "
+            f"ε = {privacy.epsilon.max:.4g} at δ = {privacy.delta:g}, {privacy.unit} unit, {_against(summary)} "
             f"({privacy.noise} noise, {privacy.sampling}, {privacy.accountant} accountant){void}"
         )
-        if privacy.noise != "local":
+        if privacy.noise != "local" or privacy.colluders is not None:
             lines += [_adversary(line) for line in privacy.adversaries]
     if summary.stopped_early:
-        lines.append(f"stopped after {summary.rounds} of {summary.rounds_planned} rounds: no better figure since")
+        lines.append(f"stopped early, after {summary.rounds} of {summary.rounds_planned} rounds: no better figure came")
+    if summary.kept_round is not None:
+        lines.append(f"kept the model of round {summary.kept_round + 1}, the best by its figure")
     if not summary.complete:
         lines.append(f"INCOMPLETE: {summary.rounds} of {summary.rounds_planned} rounds")
     return "\n".join(lines)
@@ -203,26 +267,33 @@ def _about_figures(summary: Summary) -> str:
             return "(internal, not DP: these figures are the sites' own and were not noised)"
         case "of the public sites alone":
             return "(exact figures of the public sites; the others' stay with them)"
-    deviation = summary.utility.noise_deviation
-    shown = f" ± {deviation:.3f} by the noise" if deviation is not None else ""
     return (
-        f"(released through noise and counted in ε{shown}: all test records together, no spread over sites. Personal "
-        "models saw their records without noise: their figures stay inside)"
+        "(released through noise and counted in ε; all test records together, so there is no spread over sites. The "
+        "figures of personal models stay at their sites)"
     )
 
 
-def _against(noise: str) -> str:
-    return {
-        "local": "against whoever sees all that leaves a site",
-        "distributed": "against the server and as many sites as the claim allows for",
-        "central": "against everybody but the server, which is trusted",
-    }[noise]
+def _against(summary: Summary) -> str:
+    privacy = summary.privacy
+    if privacy.noise == "central":
+        return "against everybody but the server, which adds the noise and is trusted"
+    if privacy.colluders is None:
+        return "against whoever sees all that leaves a site"
+    if privacy.colluders == 0:
+        return "against the server, if no site works with it"
+    some = "one site that works" if privacy.colluders == 1 else f"up to {privacy.colluders} sites that work"
+    apart = ", while it and the key holder stay apart" if summary.aggregation.kind == "homomorphic" else ""
+    return f"against the server and {some} with it{apart}"
 
 
 def _adversary(line: AdversarySummary) -> str:
-    who = f"{line.adversary} ({line.colluders})" if line.colluders else line.adversary
+    who = f"server and {_counted(line.colluders, 'site')}" if line.colluders else line.adversary
     bound = f"ε = {line.epsilon:.4g}" if line.epsilon is not None else "no bound"
-    return f"  {who}: {bound} ({line.reason})"
+    return f"  {who:<22} {bound:<10}  {line.reason}"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"one {what}" if count == 1 else f"{count} {what}s"
 
 
 def _bytes(count: float) -> str:

@@ -171,6 +171,40 @@ def score_curve(
         )
 
 
+def released_curve(rounds: Sequence[int], figures: Sequence[tuple[float, float | None]], *, metric: str) -> Plot | None:
+    """The released figure over the rounds, each with the deviation that its noise makes."""
+    if not rounds:
+        return None
+    scores = [score for score, _ in figures]
+    known = [deviation or 0.0 for _, deviation in figures]
+    low = min(score - deviation for (score, _), deviation in zip(figures, known, strict=True))
+    high = max(score + deviation for (score, _), deviation in zip(figures, known, strict=True))
+    margin = max(0.06 * (high - low), 0.01)
+    with _drawing("released", 440, 290) as drawing:
+        axes = drawing.axes
+        axes.plot(rounds, scores, color=GLOBAL, linewidth=1.2, alpha=0.5)
+        axes.vlines(
+            rounds,
+            [score - deviation for score, deviation in zip(scores, known, strict=True)],
+            [score + deviation for score, deviation in zip(scores, known, strict=True)],
+            color=GLOBAL,
+            linewidth=2.4 if len(rounds) <= 60 else 1.0,
+            alpha=0.5,
+        )
+        if len(rounds) <= 60:
+            for number, score, deviation in zip(rounds, scores, known, strict=True):
+                point = axes.plot([number], [score], color=GLOBAL, marker="o", markersize=5)[0]
+                drawing.name(point, f"round {number}: {score:.3f} ± {deviation:.3f}")
+        axes.set_ylim(max(0.0, low - margin), min(1.0, high) + margin)
+        axes.set_ylabel(metric)
+        _rounds_axis(axes, rounds)
+        desc = (
+            f"The {metric} read from noised counts of {len(rounds)} round{'s' if len(rounds) != 1 else ''} goes from "
+            f"{scores[0]:.3f} ± {known[0]:.3f} to {scores[-1]:.3f} ± {known[-1]:.3f}."
+        )
+        return drawing.finish(f"Released {metric} over the rounds", desc)
+
+
 def gain_bars(gains: Sequence[tuple[str, float]], *, metric: str) -> Plot | None:
     """Personalised minus local-only at every site, from the largest loss to the largest gain."""
     if not gains:

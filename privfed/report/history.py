@@ -29,6 +29,13 @@ class SiteFigures(msgspec.Struct, frozen=True):
     epsilon: float | None = None
 
 
+class ReleasedFigure(msgspec.Struct, frozen=True):
+    """What was read from the noised counts after one round."""
+
+    score: float | None = None
+    deviation: float | None = None
+
+
 class RoundLine(msgspec.Struct, frozen=True):
     """The part of a line of metrics.jsonl that the page shows."""
 
@@ -40,6 +47,7 @@ class RoundLine(msgspec.Struct, frozen=True):
     aborted: str | None = None
     bytes_up_per_site: float | None = None
     sites: dict[str, SiteFigures] = {}
+    released: ReleasedFigure | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,11 @@ class History:
     @property
     def sites(self) -> tuple[str, ...]:
         return tuple(self.summary.privacy.epsilon.per_site)
+
+    @property
+    def release(self) -> str:
+        """Which figures leave a site: internal, private or public-cohort."""
+        return self.config.evaluation.release
 
     def curves(self, name: str) -> dict[str, list[float]]:
         """site → its figure after each evaluated round; NaN where there is none."""

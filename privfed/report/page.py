@@ -14,6 +14,14 @@ from .figures import Plot
 from .history import MEASURES, History, SiteRow
 from .words import delta_text, epsilon_text
 
+_TESTED = {
+    "internal": "Measured by each site on its own test records, without noise: for the consortium's own eyes.",
+    "private": "Each site counted on its own test records and added its share of noise; only the sum was read. So "
+    "there is one figure for all test records together and none for a single site. Personal models have none either: "
+    "they saw their records without noise.",
+    "public-cohort": "Measured, without noise, by the public sites alone. The other sites' figures stay with them.",
+}
+
 _TITLES = {"global_score": "Global model", "personalized": "Personalised", "local_only": "Local-only"}
 _NOTES = {
     "global_score": "the one shared model",
@@ -63,7 +71,17 @@ def _content(history: History) -> Mapping[str, Any]:
     rows = history.rows()
     many = len(rows) > figures.MANY
     sends = config.method.sends
+    noised = history.release == "private" and sends
     return {
+        "noised": noised,
+        "release": history.release,
+        "tested": _TESTED[history.release if sends else "internal"],
+        "figure_label": {"internal": "not DP", "private": "with noise, in ε", "public-cohort": "public sites only"}[
+            history.release
+        ],
+        "released_plot": _released_plot(history) if noised else None,
+        "unit_words": words.UNITS.get(summary.privacy.unit, "record"),
+        "against": words.against_short(history),
         "version": __version__,
         "summary": summary,
         "config": config,
@@ -135,6 +153,17 @@ def _score_panels(history: History) -> list[Panel]:
         if plot is not None:
             panels.append(Panel(key, _TITLES[key], plot))
     return panels
+
+
+def _released_plot(history: History) -> Plot | None:
+    known = [
+        (line.round + 1, (line.released.score, line.released.deviation))
+        for line in history.rounds
+        if line.released is not None and line.released.score is not None
+    ]
+    return figures.released_curve(
+        [number for number, _ in known], [figure for _, figure in known], metric=history.summary.utility.metric
+    )
 
 
 def _epsilon_plot(history: History) -> Plot | None:

@@ -10,11 +10,19 @@ from pathlib import PurePath
 
 from privfed.config import Config
 from privfed.data.tables import Table
+from privfed.privacy.adversaries import Adversary as Seen
 from privfed.privacy.events import NoiseSite, PrivacyUnit
 
 from .history import History
 
-METHODS = {"reptile": "Reptile", "fomaml": "first-order MAML", "fedavg": "FedAvg", "local": "local training only"}
+METHODS = {
+    "reptile": "Reptile",
+    "fomaml": "first-order MAML",
+    "fedavg": "FedAvg",
+    "fedsgd": "FedSGD",
+    "local": "local training only",
+}
+UNITS = {"record": "record", "patient": "patient", "client": "whole site"}
 
 
 @dataclass(frozen=True)
@@ -88,8 +96,8 @@ def claim(history: History) -> str:
         )
     void = "VOID, because the seed of the noise is known. It would be: " if privacy.insecure_seed else ""
     return (
-        f"{void}ε = {epsilon_text(privacy.epsilon.max)} at δ = {delta_text(privacy.delta)} for each {privacy.unit}, "
-        f"against {_against(privacy.noise)}."
+        f"{void}ε = {epsilon_text(privacy.epsilon.max)} at δ = {delta_text(privacy.delta)} for each "
+        f"{UNITS[privacy.unit]}, against {_against(history)}."
     )
 
 
@@ -105,88 +113,155 @@ def particulars(history: History) -> list[tuple[str, str]]:
     ]
     if privacy.unit == PrivacyUnit.NONE.value or not config.method.sends:
         return run
+    standard, figures = config.privacy.standardise_epsilon, config.evaluation
+    inputs = [("Inputs", f"standardised by noised means, ε ≤ {standard:g} of the whole")] if standard else []
+    released = {
+        "internal": "exact, in no ε",
+        "private": "released through noise, counted in ε",
+        "public-cohort": f"exact, of the public sites alone ({', '.join(figures.public_sites)})",
+    }
     return [
-        ("Unit", f"one {privacy.unit}"),
+        ("Unit", _unit(config, privacy.unit)),
         ("Adjacency", _words(privacy.adjacency)),
         ("Accountant", f"{privacy.accountant.upper()}, all runs on each ledger"),
         ("Sampling", privacy.sampling),
-        ("Noise", f"{privacy.noise}, σ/C = {privacy.noise_multiplier:.4g}"),
+        ("Noise", _noise(history)),
         ("ε is", "the largest over sites"),
+        *inputs,
+        ("Figures", released[figures.release]),
         *run,
     ]
 
 
 def adversaries(history: History) -> list[Adversary]:
     """Who sees what in a run like this one, and what differential privacy promises against them."""
-    config, summary = history.config, history.summary
-    promise = _promise(history)
-    unit = summary.privacy.unit if summary.privacy.unit != PrivacyUnit.NONE.value else "record"
-    if not config.method.sends:
+    summary = history.summary
+    if not history.config.method.sends:
         return [
             Adversary("The server", "No update. Accuracy figures, which are exact", "No update leaves a site"),
             Adversary("Another site", "Nothing", "Nothing reaches it"),
             Adversary("Whoever gets a site's own model", "That model", "No claim: it is trained without noise"),
         ]
-    rows: list[Adversary] = []
-    cohorts = history.cohorts
-    if summary.aggregation.kind == "masked":
-        # Sites that leave for good make the cohort smaller: the promise is that of the smallest one.
-        fewest = min((cohort.size - cohort.tolerated_dropouts for cohort in cohorts), default=None)
-        smallest = f"at least {fewest} of {summary.sites}" if fewest is not None else "the"
-        rows += [
-            Adversary("A curious server", f"Each round, the sum of {smallest} sites' updates; no single one", promise),
-            Adversary("The server and one site", "The sum without that site's own update", promise),
-        ]
-        if cohorts:
-            threshold = min(cohort.threshold for cohort in cohorts)
-            colluders = min(cohort.colluders for cohort in cohorts)
-            holders = f"The server and {threshold} or more holders of a site's shares"
-            stopped = f"The sum only, while no more than {colluders} of the sites collude with it"
-            rows += [
-                Adversary(holders, "That site's update: its mask no longer hides", promise),
-                Adversary("A malicious server, which breaks the protocol", stopped, promise),
+    match summary.aggregation.kind:
+        case "masked":
+            rows = _masked(history)
+        case "homomorphic":
+            rows = _homomorphic(history)
+        case "plain":
+            seen, promise = "Every site's update, every round", _promise(history, Seen.SERVER)
+            rows = [
+                Adversary("A curious server", seen, promise),
+                Adversary("A malicious server, which breaks the protocol", seen, promise),
             ]
-    elif summary.aggregation.kind == "homomorphic":
-        holder = config.aggregation.key_holder
-        fewest = min((cohort.minimum_cohort for cohort in cohorts), default=None)
-        smallest = f"at least {fewest} of {summary.sites}" if fewest is not None else "the"
-        total = f"Each round, the sum of {smallest} sites' updates"
-        less = f"; {holder} is a site: less its own" if holder else ""
-        rows += [
-            Adversary("A curious server", f"{total}; no single one", promise),
-            Adversary("The key holder", f"{total}{less}; no single one", promise),
-            Adversary("The server and one site", "The sum without that site's own update", promise),
-            Adversary("The server and the key holder together", "Every site's update, every round", promise),
-            Adversary(
-                "A malicious server, which breaks the protocol", "The sum only, unless the key holder helps it", promise
-            ),
-        ]
-    elif summary.aggregation.kind == "plain":
-        rows += [
-            Adversary("A curious server", "Every site's update, every round", promise),
-            Adversary("A malicious server, which breaks the protocol", "Every site's update, every round", promise),
-        ]
-    else:
-        rows.append(Adversary("The server", f"What {summary.aggregation.kind} aggregation shows it", promise))
-    rows += [
-        Adversary("Another site", "The global model after each round", promise),
-        Adversary("All other sites together", "This site's update: the change of the model less their own", promise),
-        Adversary("Whoever gets the global model", "The final model", promise),
+        case other:
+            rows = [Adversary("The server", f"What {other} aggregation shows it", _promise(history, Seen.SERVER))]
+    return rows + _others(history)
+
+
+def _masked(history: History) -> list[Adversary]:
+    cohorts = history.cohorts
+    # Sites that leave for good make the cohort smaller: the promise is that of the smallest one.
+    fewest = min((cohort.size - cohort.tolerated_dropouts for cohort in cohorts), default=None)
+    total = f"Each round, the sum of {_at_least(fewest, history)} sites' updates; no single one"
+    rows = [Adversary("A curious server", total, _promise(history, Seen.SERVER)), *_coalitions(history)]
+    if not cohorts:
+        return rows
+    threshold = min(cohort.threshold for cohort in cohorts)
+    colluders = min(cohort.colluders for cohort in cohorts)
+    if history.summary.privacy.colluders is not None:
+        colluders = min(colluders, history.summary.privacy.colluders)
+    opened = "under its own share of the noise" if _in_shares(history) else "its mask no longer hides"
+    return [
+        *rows,
         Adversary(
-            "A malicious site",
-            "As any site; it can also poison the model or abort rounds",
-            f"For others' {unit}s: {promise}" if promise.startswith("ε") else promise,
+            f"The server and {threshold} or more holders of a site's shares",
+            f"That site's update: {opened}",
+            _opened(history),
+        ),
+        Adversary(
+            "A malicious server, which breaks the protocol",
+            f"The sum only, while no more than {colluders} of the sites collude with it",
+            _with_colluders(history),
         ),
     ]
+
+
+def _homomorphic(history: History) -> list[Adversary]:
+    holder = history.config.aggregation.key_holder
+    fewest = min((cohort.minimum_cohort for cohort in history.cohorts), default=None)
+    total = f"Each round, the sum of {_at_least(fewest, history)} sites' updates"
+    less = f"; {holder} is a site: less its own" if holder else ""
+    own = ", under its own share of the noise" if _in_shares(history) else ""
+    central = history.summary.privacy.noise == NoiseSite.CENTRAL.value
+    return [
+        Adversary("A curious server", f"{total}; no single one", _promise(history, Seen.SERVER)),
+        Adversary(
+            "The key holder",
+            f"{total}{less}; no single one",
+            # With central noise it sees the sum as the server does, before the noise
+            _promise(history, Seen.OTHER_SITE if holder and not central else Seen.SERVER),
+        ),
+        *_coalitions(history),
+        Adversary("The server and the key holder together", f"Every site's update{own}, every round", _opened(history)),
+        Adversary(
+            "A malicious server, which breaks the protocol",
+            "The sum only, unless the key holder helps it",
+            _with_colluders(history),
+        ),
+    ]
+
+
+def _coalitions(history: History) -> list[Adversary]:
+    """The server with one site, and with as many as the noise was sized for."""
+    colluders = history.summary.privacy.colluders
+    # One site that helps the server adds its own share of the noise to what the server knows, and nothing else
+    one = Seen.SERVER if colluders is None else Seen.OTHER_SITE
+    if history.summary.privacy.noise == NoiseSite.CENTRAL.value:
+        one = Seen.SERVER
+    rows = [Adversary("The server and one site", "The sum without that site's own update", _promise(history, one))]
+    if colluders is not None and colluders > 1:
+        seen = "The sum without those sites' own updates, and those sites' shares of the noise"
+        rows.append(Adversary(f"The server and {colluders} sites", seen, _with_colluders(history)))
     return rows
+
+
+def _others(history: History) -> list[Adversary]:
+    """Those who do not run the server."""
+    unit = UNITS.get(history.summary.privacy.unit, "record")
+    shares = _in_shares(history)
+    model, another = _promise(history, Seen.MODEL_USER), _promise(history, Seen.OTHER_SITE)
+    together = "This site's update: the change of the model less their own"
+    if history.summary.privacy.noise == NoiseSite.CENTRAL.value:
+        together += ", under the server's noise"
+    elif shares:
+        together += ", under this site's own share of the noise"
+    poison = "As any site; it can also poison the model or abort rounds"
+    if shares:
+        poison += ", or leave its share of the noise out: then it counts as one that colludes"
+    return [
+        Adversary("Another site", "The global model after each round", another),
+        Adversary("All other sites together", together, _all_others(history)),
+        Adversary("Whoever gets the global model", "The final model", model),
+        Adversary(
+            "A malicious site", poison, f"For others' {unit}s: {another}" if another.startswith("ε") else another
+        ),
+    ]
+
+
+def _at_least(fewest: int | None, history: History) -> str:
+    return f"at least {fewest} of {history.summary.sites}" if fewest is not None else "the"
+
+
+def _in_shares(history: History) -> bool:
+    """Whether the updates carry shares of noise alone."""
+    return history.summary.privacy.noise == NoiseSite.DISTRIBUTED.value
 
 
 def not_protected(history: History) -> list[str]:
     """The short list of SECURITY.md, with what this run adds to it."""
     config, summary = history.config, history.summary
     points = [
-        "Accuracy and loss per site, here and in metrics.jsonl, are exact figures of the sites' own test records. They "
-        "are internal: whoever publishes this page releases them.",
+        _FIGURES[history.release],
         "Who takes part, how often, how long it took, the table's columns and the public constants are visible.",
     ]
     if config.method.sends:
@@ -198,8 +273,17 @@ def not_protected(history: History) -> list[str]:
         points.insert(0, "Membership inference on what was released: no noise was added, and sums tell about records.")
     if summary.aggregation.kind == "plain":
         points.insert(0, "Single updates: plain aggregation shows each one to the server.")
+    if summary.privacy.colluders is not None:
+        points.append(
+            "Noise in shares rests on sites that add theirs. A site that leaves its share out, or tells it to others, "
+            f"counts as one that colludes: the ε above allows for {_sites(summary.privacy.colluders)}."
+        )
+    if _is_central(history):
+        points.insert(0, "Anything, from the server: it sees the sum, or the updates, before it adds the noise.")
     points += [
-        "Noise is sampled in floating point and rounded to a fixed-point grid; the proof of ε is for real numbers.",
+        "Noise is sampled in floating point and rounded to a fixed-point grid; the proof of ε is for real numbers."
+        if summary.privacy.noise == NoiseSite.LOCAL.value
+        else "Noise is drawn as exact integers, but how long a draw takes may depend on what is drawn.",
         "Python promises neither constant time nor the erasure of secrets: a site's machine is trusted by the site.",
         "A ledger file replaced by an older copy is not found from the file alone; keep its last hash elsewhere.",
     ]
@@ -216,20 +300,64 @@ def not_protected(history: History) -> list[str]:
     return points
 
 
+_FIGURES = {
+    "internal": "Accuracy and loss per site, here and in metrics.jsonl, are exact figures of the sites' own test "
+    "records. They are internal: whoever publishes this page releases them.",
+    "private": "Figures of personal models: none stands on this page, because those models saw their site's records "
+    "without noise. A site that shows such figures releases something that no ε covers.",
+    "public-cohort": "The records of the public sites: their figures are exact. The others' figures stay with them.",
+}
+
+
 def glossary(history: History) -> list[tuple[str, str]]:
     """The page's terms, one sentence each."""
-    unit, adjacency = history.summary.privacy.unit, _words(history.summary.privacy.adjacency)
-    return [
+    summary, config = history.summary, history.config
+    unit, adjacency = summary.privacy.unit, _words(summary.privacy.adjacency)
+    whose = {
+        "record": "in this run, one row of the table.",
+        "patient": "in this run, one patient, with all records that carry the same patient's id at a site.",
+        "client": "in this run, a whole site (client) with all its records.",
+        "none": "in this run, nobody's, because no claim is made.",
+    }
+    terms = [
         ("ε (epsilon)", "How much more likely any outcome can become, by a factor of at most e to the ε, because one "
          "unit's data was there or not: smaller is more private."),
         ("δ (delta)", "The small probability, on top of ε, with which that bound may fail; it should be far below one "
          "over the number of records."),
-        ("Unit", "Whose presence is hidden: " + (f"in this run, one {unit}." if unit != "none" else "in this run, "
-         "nobody's, because no claim is made.")),
+        ("Unit", f"Whose presence is hidden: {whose[unit]}"),
         ("Adjacency", f"What counts as the smallest difference between two data sets: {adjacency}."),
         ("Secure aggregation", "A protocol by which the server learns the sum of the sites' updates and not a single "
          "one of them."),
         ("Global model", "The one model that all sites trained together and all of them receive."),
+    ]  # fmt: skip
+    if unit != PrivacyUnit.NONE.value and config.method.sends:
+        terms.append(("σ/C", "The noise multiplier: the standard deviation of the noise over C, the most that one unit "
+                      "may add to what is released. Larger is more private."))  # fmt: skip
+    if summary.privacy.colluders is not None:
+        terms += [
+            ("Noise in shares", "Each site adds a part of the noise before its numbers are hidden in the sum. No part "
+             "is enough alone; the sum carries what ε needs."),
+            ("Colluding site", "A site that tells the server what it knows, its own share of the noise included."),
+        ]  # fmt: skip
+    if _is_central(history):
+        terms.append(("Central noise", "The server adds the noise to the sum. It sees the sum without it and has to be "
+                      "trusted."))  # fmt: skip
+    if config.privacy.standardise_epsilon is not None and config.method.sends:
+        terms.append(("Standardised inputs", "Every input less its mean over all sites, divided by its deviation. Both "
+                      "were measured once, in a sum with noise."))  # fmt: skip
+    if history.release == "private":
+        return [
+            *terms,
+            ("Released figure, ±", "How good the global model is on the test records of all sites together, read from "
+             "counts with noise; ± is the standard deviation that the noise alone gives it."),
+            *_stopping(history),
+        ]  # fmt: skip
+    if history.release == "public-cohort":
+        terms.append(("Public site", "A site whose records are public anyway, so that exact figures on them tell "
+                      "nothing about anybody else but through the models."))  # fmt: skip
+    return [
+        *terms,
+        *_stopping(history),
         ("Personalised", "The global model adapted at a site to its own records; it never leaves that site."),
         ("Local-only", "A model that a site trained alone, without noise and without the others: what it would have "
          "had anyway."),
@@ -238,27 +366,122 @@ def glossary(history: History) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def _promise(history: History) -> str:
+def _stopping(history: History) -> list[tuple[str, str]]:
+    patience = history.config.evaluation.patience
+    if patience is None:
+        return []
+    return [("Early stopping", f"The run ends when {patience} measurement{'s' if patience != 1 else ''} in a row "
+             "brought no better figure.")]  # fmt: skip
+
+
+def _promise(history: History, who: Seen, colluders: int = 0) -> str:
+    """The bound against one adversary, and what it rests on."""
     privacy = history.summary.privacy
     if privacy.unit == PrivacyUnit.NONE.value or privacy.epsilon.max is None:
         return "No claim"
     if privacy.insecure_seed:
         return "Void: the seed of the noise is known"
-    if (
-        privacy.unit not in (PrivacyUnit.RECORD.value, PrivacyUnit.PATIENT.value)
-        or privacy.noise != NoiseSite.LOCAL.value
-    ):
-        return f"Not stated on this page for {privacy.unit} unit with {privacy.noise} noise"
-    return f"ε ≤ {epsilon_text(privacy.epsilon.max)} for each {privacy.unit}, by its own site's noise"
+    unit = UNITS[privacy.unit]
+    if privacy.noise == NoiseSite.LOCAL.value and privacy.colluders is None:
+        return f"ε ≤ {epsilon_text(privacy.epsilon.max)} for each {unit}, by its own site's noise"
+    for line in privacy.adversaries:
+        if (line.adversary, line.colluders) == (who.value, colluders):
+            if line.epsilon is None:
+                return f"No bound: {line.reason}"
+            return f"ε ≤ {epsilon_text(line.epsilon)} for each {unit}, by {line.reason}"
+    return f"Not stated on this page for {privacy.unit} unit with {privacy.noise} noise"
 
 
-def _against(noise: str) -> str:
-    if noise == NoiseSite.LOCAL.value:
+def _with_colluders(history: History) -> str:
+    """Against the server with as many sites as the noise was sized for."""
+    colluders = history.summary.privacy.colluders
+    if not colluders or _is_central(history):
+        return _promise(history, Seen.SERVER)
+    return _promise(history, Seen.COALITION, colluders)
+
+
+def _opened(history: History) -> str:
+    """Against those who have a single site's vector before them."""
+    if _is_central(history) or history.summary.privacy.colluders is None:
+        return _promise(history, Seen.SERVER)
+    most = [line.colluders for line in history.summary.privacy.adversaries if line.adversary == Seen.COALITION.value]
+    return _promise(history, Seen.COALITION, max(most, default=0))
+
+
+def _all_others(history: History) -> str:
+    if not _is_central(history):
+        return _opened(history)
+    if history.summary.privacy.colluders is not None:  # of what is released beside the updates they know all but one
+        return "Not stated on this page: of the released figures' noise, one share alone would be left"
+    return _promise(history, Seen.OTHER_SITE)
+
+
+def _is_central(history: History) -> bool:
+    privacy = history.summary.privacy
+    return privacy.noise == NoiseSite.CENTRAL.value and privacy.unit != PrivacyUnit.NONE.value
+
+
+def _against(history: History) -> str:
+    privacy = history.summary.privacy
+    if privacy.noise == NoiseSite.CENTRAL.value:
+        return (
+            "the other sites and whoever gets the model. It holds against nobody who runs the server: the server adds "
+            "the noise and is trusted"
+        )
+    if privacy.colluders is None:
         return (
             "everybody who sees what leaves a site: the server, the other sites, all of them together, and whoever "
             "gets the model"
         )
-    return "the adversaries in the table of promises"
+    apart = ", as long as the server and the key holder stay apart" if _encrypted(history) else ""
+    if privacy.colluders == 0:
+        return f"the server and whoever gets the model, if no site works with them{apart}"
+    return (
+        f"the server together with {_up_to(privacy.colluders)}, any one other site, and whoever gets the model{apart}. "
+        "More who collude know more of the noise: the table of promises says what is left then"
+    )
+
+
+def against_short(history: History) -> str:
+    """The same in a few words, for a caption."""
+    privacy = history.summary.privacy
+    if privacy.noise == NoiseSite.CENTRAL.value:
+        return "against everybody but the trusted server"
+    if privacy.colluders is None:
+        return "against whoever sees all that leaves a site"
+    if privacy.colluders == 0:
+        return "against the server, if no site works with it"
+    return f"against the server together with {_up_to(privacy.colluders)}"
+
+
+def _encrypted(history: History) -> bool:
+    return history.summary.aggregation.kind == "homomorphic"
+
+
+def _up_to(colluders: int) -> str:
+    return "one colluding site" if colluders == 1 else f"up to {colluders} colluding sites"
+
+
+def _sites(count: int) -> str:
+    return {0: "none", 1: "one"}.get(count, str(count))
+
+
+def _unit(config: Config, unit: str) -> str:
+    if unit == PrivacyUnit.CLIENT.value:
+        return "one site, with everything that it sends"
+    column = config.data.patient if isinstance(config.data, Table) else None
+    if unit == PrivacyUnit.PATIENT.value and column is not None:
+        return f"one patient: all records of a site with the same {column!r}"
+    return f"one {unit}"
+
+
+def _noise(history: History) -> str:
+    privacy = history.summary.privacy
+    text = f"{privacy.noise}, σ/C = {privacy.noise_multiplier:.4g}"
+    cohort = history.cohorts[0] if history.cohorts else None
+    if not _in_shares(history) or cohort is None or privacy.colluders is None:
+        return text
+    return f"{text} from {max(1, cohort.minimum_cohort - privacy.colluders)} of the sites' shares together"
 
 
 def _words(adjacency: str) -> str:

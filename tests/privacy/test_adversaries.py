@@ -51,6 +51,18 @@ def test_local_noise_is_the_same_against_everybody() -> None:
     assert {value(line) for line in lines.values()} == {SHARED.epsilon(charges, 1e-5).value}
 
 
+@pytest.mark.parametrize(("unit", "noise"), [(RECORD, NoiseSite.LOCAL), (CLIENT, NoiseSite.CENTRAL)])
+def test_what_is_released_in_shares_beside_the_updates_is_read_by_shares(unit: PrivacyUnit, noise: NoiseSite) -> None:
+    """A site's own noise, or the server's, does not cover counts whose noise came in shares."""
+    charges = [Charge(Gaussian(8.0), 20), shares(5, 0)]
+    lines = table(deployment(unit, noise), charges, colluders=(2, 4))
+    model, other = (value(lines[who, 0]) for who in (Adversary.MODEL_USER, Adversary.OTHER_SITE))
+    assert SHARED.epsilon([shares(5, 0)], 1e-5).value < model < other
+    if noise is NoiseSite.LOCAL:
+        assert other < value(lines[Adversary.COALITION, 2]) < value(lines[Adversary.COALITION, 4])
+        assert "own share alone" in lines[Adversary.COALITION, 4].reason
+
+
 @pytest.mark.parametrize("unit", [RECORD, PATIENT, CLIENT])
 @pytest.mark.parametrize("sites", [3, 5])
 def test_shared_noise_against_a_site_that_knows_its_own_share(unit: PrivacyUnit, sites: int) -> None:

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from privfed.errors import ConfigError, RunFolderError
 from privfed.evaluation import fraction_hurt, spread
 from privfed.report.words import delta_text, epsilon_text
 from privfed.summary import (
+    STATUS,
+    AdversarySummary,
     AggregationSummary,
     EpsilonSummary,
     FigureSummary,
@@ -58,6 +60,8 @@ def make_folder(
     undefined: Sequence[str] = (),
     simulated: bool = True,
     complete: bool = True,
+    stopped_early: bool = False,
+    kept_round: int | None = None,
 ) -> Path:
     """A run's folder as `privfed run` leaves it, with invented figures.
 
@@ -72,6 +76,7 @@ def make_folder(
     skill = {site: draw.normal(0.86, 0.05) for site in sites}
     alone = {site: draw.normal(0.84, 0.07) for site in sites}
     pace = {site: draw.uniform(0.4, 1.0) if uneven else 1.0 for site in sites}
+    release, public = config.evaluation.release, config.evaluation.public_sites
     lines: list[dict[str, Any]] = []
     latest: dict[str, dict[str, Any]] = {}
     for number in range(rounds if complete else rounds // 2):
@@ -80,6 +85,7 @@ def make_folder(
             if site in silent:
                 continue
             better = 0.10 * math.exp(-number / 3)
+            hidden = release == "private" or (release == "public-cohort" and site not in public)
             value = {
                 "type": "measurement",
                 "records": 20 + len(site),
@@ -89,6 +95,8 @@ def make_folder(
                 "local_only": None if site in undefined else min(1.0, alone[site]),
                 "epsilon": None if epsilon_step is None else epsilon_step * math.sqrt(number + 1) * 3 * pace[site],
             }
+            if hidden:
+                value |= {"records": 0, "loss": None, "global_score": None, "personalized": None, "local_only": None}
             figures[site] = latest[site] = value
         gone = list(sites[:1]) if number == 1 and len(sites) > 4 else []
         lines.append(
@@ -102,6 +110,7 @@ def make_folder(
                 "aborted": aborted.get(number),
                 "bytes_up_per_site": 1727.0,
                 "sites": figures,
+                "released": {"score": 0.7 + 0.03 * number, "deviation": 0.05} if release == "private" else None,
             }
         )
 
@@ -114,6 +123,8 @@ def make_folder(
 
     spent = {site: latest[site]["epsilon"] if site in latest else None for site in sites}
     known = [value for value in spent.values() if value is not None]
+    invented = ADVERSARIES.get(config.privacy.noise.value, ()) if config.aggregation.kind == "masked" else ()
+    last = lines[-1]["released"]
     private = config.privacy.unit.value != "none"
     summary = Summary(
         run="made",
@@ -123,6 +134,8 @@ def make_folder(
         sites=len(sites),
         simulated=simulated,
         seconds=1.5,
+        stopped_early=stopped_early,
+        kept_round=kept_round,
         method=str(type(config.method).__struct_config__.tag),
         refusals=refusals,
         privacy=PrivacySummary(
@@ -135,14 +148,18 @@ def make_folder(
             adjacency="add-or-remove-one",
             sampling="Poisson, rate 0.5",
             insecure_seed=config.privacy.insecure_seed is not None,
+            adversaries=tuple(AdversarySummary(*line) for line in invented),
+            colluders=2 if config.privacy.noise.value == "distributed" else None,
         ),
         utility=UtilitySummary(
             metric=config.evaluation.metric,
-            global_=figure("global_score"),
+            global_=FigureSummary(last["score"], None, None) if last else figure("global_score"),
             personalized=figure("personalized"),
             local_only=figure("local_only"),
             fraction_hurt=fraction_hurt(column("personalized"), column("local_only")),
             fraction_hurt_versus_global=fraction_hurt(column("personalized"), column("global_score")),
+            status=STATUS[release],
+            noise_deviation=last["deviation"] if last else None,
         ),
         aggregation=AggregationSummary(
             kind=config.aggregation.kind if config.method.sends else "none",
@@ -159,6 +176,22 @@ def make_folder(
     return path
 
 
+# Invented, but in the order that they have in a run
+ADVERSARIES: dict[str, Sequence[tuple[str, int, float | None, str]]] = {
+    "distributed": (
+        ("external model user", 0, 1.6, "all shares of the noise"),
+        ("curious server", 0, 1.6, "all shares of the noise"),
+        ("one other site", 0, 1.8, "all shares but its own"),
+        ("server and colluding sites", 2, 2.2041, "all shares but theirs"),
+        ("server and colluding sites", 4, 4.4, "the site's own share alone"),
+    ),
+    "central": (
+        ("external model user", 0, 2.2041, "the server's noise"),
+        ("curious server", 0, None, "the server adds the noise and sees the sum without it: it is trusted"),
+        ("one other site", 0, 2.2041, "the server's noise"),
+    ),
+}
+SHARED = ["privacy.noise='distributed'", "method.name='fedsgd'"]
 FIVE = [f"hospital-{number}" for number in range(1, 6)]
 REASON = "policy.max_delta = 0.001, the plan has delta = 0.01"
 CASES: dict[str, dict[str, Any]] = {
@@ -178,6 +211,19 @@ CASES: dict[str, dict[str, Any]] = {
     "void": {"sites": FIVE, "overrides": ["privacy.insecure_seed=1"]},
     "no-claim": {"sites": FIVE, "overrides": ["privacy.unit='none'", "aggregation.kind='plain'"], "epsilon_step": None},
     "alone": {"sites": FIVE, "overrides": ["method.name='local'"], "epsilon_step": 0.0},
+    "distributed": {"sites": FIVE, "overrides": SHARED},
+    "client": {"sites": FIVE, "overrides": ["privacy.unit='client'", "privacy.noise='distributed'"]},
+    "central": {"sites": FIVE, "overrides": ["privacy.unit='client'", "privacy.noise='central'"]},
+    "private-figures": {
+        "sites": FIVE,
+        "overrides": [*SHARED, "evaluation.release='private'", "evaluation.patience=2", "evaluation.keep='best'"],
+        "stopped_early": True,
+        "kept_round": 3,
+    },
+    "public-cohort": {
+        "sites": FIVE,
+        "overrides": ["evaluation.release='public-cohort'", "evaluation.public_sites=['hospital-2', 'hospital-4']"],
+    },
     "evil-names": {"sites": [EVIL, "病院 東京", "x" * 200, "$a_b$", "]]>"], "refusals": {EVIL: EVIL}, "uneven": True},
 }
 
@@ -195,6 +241,18 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("real") / "run"
     privfed.run(privfed.load_config(overrides=["rounds=2", "privacy.noise_multiplier=4"]), out=path)
     return path
+
+
+@pytest.fixture
+def run_of(tmp_path: Path) -> Callable[..., Path]:
+    """overrides → the folder of a short real run."""
+
+    def made(overrides: Sequence[str]) -> Path:
+        path = tmp_path / str(len(list(tmp_path.iterdir())))
+        privfed.run(privfed.load_config(overrides=["rounds=1", "privacy.noise_multiplier=8", *overrides]), out=path)
+        return path
+
+    return made
 
 
 class Outline(HTMLParser):
@@ -264,7 +322,7 @@ def test_page_is_well_formed_and_accessible(pages: dict[str, str], case: str) ->
 @pytest.mark.parametrize("case", CASES)
 def test_every_drawing_says_what_it_shows(pages: dict[str, str], case: str) -> None:
     svgs = Outline(pages[case]).svgs
-    assert len(svgs) == {"nothing-measured": 0, "no-claim": 4, "alone": 4}.get(case, 5)
+    assert len(svgs) == {"nothing-measured": 0, "no-claim": 4, "alone": 4, "private-figures": 2}.get(case, 5)
     for svg in svgs:
         (title, title_attributes), (desc, desc_attributes) = svg["children"][:2]
         assert (title, desc) == ("title", "desc")
@@ -346,8 +404,90 @@ def test_epsilon_never_stands_alone(pages: dict[str, str]) -> None:
 
 
 def test_accuracy_is_labelled_not_dp(pages: dict[str, str]) -> None:
+    other = {"private-figures": "released through noise, counted in ε", "public-cohort": "of the public sites alone"}
     for case in CASES:
-        assert Outline(pages[case]).words.count("internal, not DP") >= 3
+        words = Outline(pages[case]).words
+        assert words.count("internal, not DP") >= 3 or case in other
+        assert case not in other or (other[case] in words and "internal, not DP" not in words)
+
+
+def test_shared_noise_names_whom_it_holds_against(pages: dict[str, str]) -> None:
+    """One line an adversary, each with its own ε, rounded up: 1.6, 1.8, 2.2041, 4.4."""
+    words = Outline(pages["distributed"]).words
+    assert "ε = 2.205 at δ = 10⁻⁵ for each record, against the server together with up to 2 colluding sites" in words
+    assert "against everybody" not in words and "sees all that leaves a site" not in words
+    assert "by its own site's noise" not in words and "Not stated" not in words
+    for line in (
+        "A curious server Each round, the sum of at least 4 of 5 sites' updates; no single one ε ≤ 1.600 for each",
+        "The server and one site The sum without that site's own update ε ≤ 1.800 for each record, by all shares but",
+        "those sites' shares of the noise ε ≤ 2.205 for each record, by all shares but theirs",
+        "That site's update: under its own share of the noise ε ≤ 4.400 for each record, by the site's own share alone",
+        "Another site The global model after each round ε ≤ 1.800",
+        "under this site's own share of the noise ε ≤ 4.400",
+        "Whoever gets the global model The final model ε ≤ 1.600",
+        "leave its share of the noise out: then it counts as one that colludes",
+    ):
+        assert line in words, line
+    assert "the ε above allows for 2" in words and "Noise in shares" in words and "with FedSGD across" in words
+
+
+def test_client_unit_is_a_whole_site(pages: dict[str, str]) -> None:
+    words = Outline(pages["client"]).words
+    assert "for each whole site, against the server together with" in words and "a whole site (client)" in words
+    assert "Unit one site, with everything that it sends" in words
+
+
+def test_central_noise_trusts_the_server(pages: dict[str, str]) -> None:
+    words = Outline(pages["central"]).words
+    assert "against the other sites and whoever gets the model. It holds against nobody who runs the server" in words
+    assert words.count("No bound: the server adds the noise") == 4  # curious, with one site, with holders, malicious
+    assert "under the server's noise ε ≤ 2.205 for each whole site, by the server's noise" in words
+    assert "Anything, from the server" in words and "against everybody but the trusted server" in words
+
+
+def test_released_figures_stand_with_their_deviation(pages: dict[str, str]) -> None:
+    words = Outline(pages["private-figures"]).words
+    # Six rounds: 0.7 + 0.03 · 5
+    assert "Global accuracy 0.850 ± 0.050 by the noise; in ε" in words
+    assert "Global model: accuracy 0.850 ± 0.050 , after the last measured round" in words
+    assert "noised counts of 6 rounds goes from 0.700 ± 0.050 to 0.850 ± 0.050" in words
+    for absent in ("Worst decile", "Sites hurt", "Local-only", "Records tested", "not DP"):
+        assert absent not in words, absent
+    assert "Stopped early , after 6 of 6 rounds: the figure did not get better for 2 measurements in a row" in words
+    assert "The model that was kept is that of round 4" in words
+    assert "Figures of personal models: none stands on this page" in words
+
+
+def test_public_cohort_shows_public_sites_alone(pages: dict[str, str]) -> None:
+    outline = Outline(pages["public-cohort"])
+    assert "exact, of the public sites alone (hospital-2, hospital-4)" in outline.words
+    assert "Measured, without noise, by the public sites alone" in outline.words
+    assert len(re.findall(r"▼ hurt −0\.\d{3}|▲ \+0\.\d{3}", outline.words)) == 2
+
+
+def test_page_of_each_kind_of_noise_needs_no_other_words(run_of: Callable[..., Path]) -> None:
+    """Real runs: every adversary of the table has its line, and the largest of those claimed is the run's ε."""
+    for overrides in (
+        [*SHARED, "evaluation.release='private'"],
+        [*SHARED, "aggregation.kind='homomorphic'"],
+        [*SHARED, "privacy.colluders=0"],
+        ["evaluation.release='private'", "privacy.standardise_epsilon=0.5"],
+        ["privacy.unit='client'", "privacy.noise='central'", "aggregation.kind='plain'"],
+        ["privacy.unit='client'", "privacy.noise='central'", "evaluation.release='private'"],
+    ):
+        folder = run_of(overrides)
+        summary = msgspec.json.decode((folder / "summary.json").read_bytes())["privacy"]
+        words = Outline((folder / "report.html").read_text(encoding="utf-8")).words
+        central = summary["noise"] == "central"
+        assert ("Not stated" in words) == (central and summary["colluders"] is not None)
+        covered = [
+            line["epsilon"]
+            for line in summary["adversaries"]
+            if line["colluders"] <= (summary["colluders"] or 0)
+            and not (line["adversary"] == "one other site" and summary["colluders"] == 0)
+        ]
+        assert (None in covered) == central
+        assert max(value for value in covered if value is not None) <= summary["epsilon"]["max"] * (1 + 1e-9)
 
 
 def test_void_run_says_so_at_every_epsilon(pages: dict[str, str]) -> None:
