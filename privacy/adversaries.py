@@ -75,6 +75,7 @@ def exposures(
     *,
     colluders: Sequence[int] = (),
     every_round: Iterable[Charge] | None = None,
+    others: Iterable[tuple[Deployment, Iterable[Charge]]] = (),
 ) -> tuple[Exposure, ...]:
     """ε of one site's units against every adversary, and against the server with each number of `colluders`.
 
@@ -85,17 +86,23 @@ def exposures(
         colluders: numbers of sites that stand by the server.
         every_round: for hidden Poisson selection alone, what each round of the run would charge a site that took part:
             an adversary who does not know which rounds they were is not charged by participation.
+        others: releases about the same records that were made otherwise, by earlier runs or beside the updates. An
+            adversary has seen them all, each as it was made: who was trusted with one has no bound over all.
 
     Raises:
         NoGuarantee: unit × noise is a combination without any guarantee; see `check_supported`.
     """
     check_supported(deployment.unit, deployment.noise)
     own, rounds = tuple(charges), None if every_round is None else tuple(every_round)
+    beside = [(how, tuple(more)) for how, more in others]
     parties = [(adversary, 0) for adversary in Adversary if adversary is not Adversary.COALITION]
     lines = []
     for adversary, count in [*parties, *((Adversary.COALITION, count) for count in colluders)]:
         try:
             seen, why = seen_by(adversary, deployment, own, colluders=count, every_round=rounds)
+            for how, more in beside:
+                also, reason = seen_by(adversary, how, more, colluders=count)
+                seen, why = (*seen, *also), why if reason in why else f"{why}; {reason}"
         except NoGuarantee as refusal:
             lines.append(Exposure(adversary=adversary, colluders=count, epsilon=None, reason=str(refusal)))
         else:

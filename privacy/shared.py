@@ -17,12 +17,14 @@ from .errors import NoGuarantee
 from .events import Skellam
 from .noise import derive_key, generator
 from .rotation import ConditionalRounding, Floats, Rotation, record_l2_bound, round_at_random
-from .skellam import MAX_VARIANCE, SharedNoise, add_share, coordinate_bound, share, share_variance
+from .skellam import SharedNoise, add_share, coordinate_bound, share, share_variance
 
 # Integer steps in C, in units of √d. What rounding adds to ε falls with them, what a site uploads grows by their
 # logarithm: at 100 a record's sensitivity grows by 1 %, at 10 a client's by 0.4 %.
 _RECORD_STEPS = (100.0, 50.0, 25.0, 12.5)
 _CLIENT_STEPS = (10.0,)
+# What a plan may ask a site to draw from: five seconds and a gigabyte for the table, once for each variance
+MOST_SHARE_VARIANCE = 2**36
 _FLAT = 8.0  # a rotated vector's coordinates are Gaussian in all but name: beyond 8 of their deviations is nothing
 
 
@@ -94,12 +96,13 @@ class ClientSum(SharedSum):
 
         Args:
             update: everything that the site sends, not only its model.
-            key: bytes[32], secret, for this release alone; equal keys and updates give equal vectors.
-
-        Raises:
-            ValueError: a coordinate is not finite.
+            key: bytes[32], secret, for this release alone; equal keys and updates give equal vectors. An update that is
+                not finite counts as zero: refusing it would tell that much of the site, without noise.
         """
-        return self._noised(self.rounding.encode(update, generator(derive_key(key, b"rounding"))), key)
+        wide = np.asarray(update, dtype=np.float64)
+        if not np.isfinite(wide).all():
+            wide = np.zeros_like(wide)
+        return self._noised(self.rounding.encode(wide, generator(derive_key(key, b"rounding"))), key)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,13 +209,13 @@ S = TypeVar("S", bound=SharedSum)
 def _finest(candidates: Iterable[S], sites: int, most_bits: int) -> S:
     """The first of the candidates whose noise can be drawn and whose sum fits."""
     for candidate in candidates:
-        drawable = candidate.noise.share_variance <= MAX_VARIANCE
+        drawable = candidate.noise.share_variance <= MOST_SHARE_VARIANCE
         if drawable and (2 * sites * candidate.bound).bit_length() <= most_bits:
             return candidate
     raise NoGuarantee(
         f"noise in shares does not fit: the sum of {sites} sites needs more than {most_bits} bits a coordinate, or a "
-        f"share's variance is beyond 2^{MAX_VARIANCE.bit_length() - 1}. Lower the noise (a larger target_epsilon, "
-        "fewer rounds, more sites) or use noise = 'local'"
+        f"share's variance is beyond 2^{MOST_SHARE_VARIANCE.bit_length() - 1}. Lower the noise (a larger "
+        "target_epsilon, fewer rounds, more sites) or use noise = 'local'"
     )
 
 

@@ -32,7 +32,7 @@ from .selection import best, check_selection, stalled
 from .simulation.consortium import Consortium, members, open_consortium
 from .standardisation import fold
 from .summary import Summary, metrics_line, report_of, summarize
-from .terms import Schema, build_model, checked_encoding, deployment_of, parameter_count
+from .terms import Schema, build_model, checked_encoding, deployment_of, parameter_count, worthwhile_colluders
 
 Observer = Callable[[RoundReport], None]
 
@@ -240,7 +240,8 @@ def _drive(ready: Preparation, home: RunFolder, observer: Observer | None) -> Ru
                 )
                 if observer is not None:
                     observer(report)
-            deployment, colluders = deployment_of(config, cohort_of(config, len(consortium.sites)))
+            cohort = cohort_of(config, len(consortium.sites))
+            deployment, colluders = deployment_of(config, cohort), worthwhile_colluders(config, cohort)
             sends, delta = config.method.sends, config.privacy.delta
             summary = summarize(
                 config,

@@ -224,8 +224,11 @@ class Policy(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     max_delta: Annotated[float, Meta(gt=0, lt=1, description="largest δ a site accepts")] = 1e-3
     minimum_cohort: Annotated[int, Meta(ge=1, description="smallest cohort and smallest sum that a site joins")] = 2
     minimum_colluders: Annotated[
-        int, Meta(ge=0, description="distributed noise: fewest colluding sites that the claim must survive")
+        int, Meta(ge=0, description="noise in shares: fewest colluding sites that the claim must survive")
     ] = 0
+    refuse_central_noise: Annotated[
+        bool, Meta(description="refuse noise = 'central', where the server sees the sum without noise")
+    ] = False
     require_privacy: Annotated[bool, Meta(description="refuse runs without a differential-privacy claim")] = False
     require_secure_aggregation: Annotated[bool, Meta(description="refuse plain aggregation")] = False
 

@@ -34,7 +34,8 @@ class Released:
 def counted(config: Config, test: SiteData, outputs: Tensor) -> NDArray[np.int64]:
     """int64[cells]: a site's counts of the model's outputs float32[n, classes] on its test records."""
     rows = torch.arange(len(test))
-    if config.privacy.unit is PrivacyUnit.PATIENT and test.patients is not None:
+    if config.privacy.unit is PrivacyUnit.PATIENT:
+        assert test.patients is not None  # `doors.check_units`
         rows = Patients.of(test.patients.tolist()).at_most(1, rows)  # one record speaks for its patient
     outputs, targets = outputs[rows], test.targets[rows]
     if config.evaluation.metric == "accuracy":
@@ -42,7 +43,8 @@ def counted(config: Config, test: SiteData, outputs: Tensor) -> NDArray[np.int64
         if config.privacy.unit is PrivacyUnit.CLIENT:
             return np.array([CLIENT_STEPS, round(CLIENT_STEPS * right / len(rows))] if len(rows) else [0, 0])
         return np.array([len(rows), right])
-    odds = (outputs[:, 1] - outputs[:, 0]).clamp(-_WIDEST, _WIDEST).double()
+    # Total: were there outputs that could not be counted, a refusal would tell of their records without noise
+    odds = (outputs[:, 1] - outputs[:, 0]).double().nan_to_num(nan=0.0).clamp(-_WIDEST, _WIDEST)
     cell = ((odds + _WIDEST) / (2 * _WIDEST) * (BINS - 1)).round().long() + BINS * (targets == 1)
     return torch.bincount(cell, minlength=2 * BINS).numpy()
 

@@ -4,7 +4,7 @@ from privfed.privacy.events import NoiseSite, PrivacyUnit
 
 from .config import Policy
 from .errors import PrivfedError
-from .terms import claimed_colluders, cohort_in
+from .terms import claimed_colluders, cohort_in, shares_noise
 from .wire import RoundPlan
 
 
@@ -49,12 +49,17 @@ def check_policy(plan: RoundPlan, policy: Policy, *, insecure: bool) -> None:
             raise PolicyRefusal(
                 f"the plan has noise_multiplier = {plan.noise_multiplier:g}, which is not what its configuration claims"
             )
-        if config.privacy.noise is NoiseSite.DISTRIBUTED:
-            colluders = claimed_colluders(config, cohort_in(plan))
-            if colluders < policy.minimum_colluders:
-                raise PolicyRefusal(
-                    f"policy.minimum_colluders = {policy.minimum_colluders}, the plan's noise covers {colluders}"
-                )
+        if config.privacy.noise is NoiseSite.CENTRAL and policy.refuse_central_noise:
+            raise PolicyRefusal("policy.refuse_central_noise = true, the plan has privacy.noise = 'central'")
+        if shares_noise(config):
+            covered = {"noise covers": claimed_colluders(config, cohort_in(plan))}
+            if config.aggregation.kind == "masked":
+                covered["masks cover"] = plan.colluders
+            for what, colluders in covered.items():
+                if colluders < policy.minimum_colluders:
+                    raise PolicyRefusal(
+                        f"policy.minimum_colluders = {policy.minimum_colluders}, the plan's {what} {colluders}"
+                    )
     if (
         summed
         and config.aggregation.kind == "masked"

@@ -31,7 +31,7 @@ from privfed.privacy.accountant import Accountant, Epsilon
 from privfed.privacy.adversaries import Deployment, Exposure, exposures
 from privfed.privacy.budget import Budget
 from privfed.privacy.errors import BudgetExhausted, ChargeConflict, NoGuarantee, PrivacyError
-from privfed.privacy.events import Charge, NoiseSite, PrivacyUnit
+from privfed.privacy.events import Charge, NoiseSite, PrivacyUnit, from_canonical_json, to_canonical_json
 from privfed.privacy.ledger import Entry, Ledger, utc_now
 from privfed.privacy.releases import Standardisation
 from privfed.privacy.shared import CountSum
@@ -40,7 +40,7 @@ from . import evaluation, figures, parameters, wire
 from .config import Config, Policy, SideNoise
 from .contribution import Contribution, contribute
 from .data.records import SiteData
-from .doors import Split, local_door, split
+from .doors import Split, check_units, local_door, split
 from .errors import LedgerKeyError, PrivfedError
 from .methods import Local, State
 from .models import classification_loss
@@ -51,6 +51,8 @@ from .terms import (
     Schema,
     Summand,
     build_model,
+    cohort_in,
+    deployment_of,
     key_holder_of,
     parameter_count,
     plan_encoding,
@@ -86,20 +88,24 @@ class _Replayable:
     """
 
     def __init__(self, journal: Journal) -> None:
-        self._journal, self._last = journal, b""
+        self._journal = journal
+        self._last: dict[str, bytes] = {}  # run → its last session; a run's side sums are runs of their own
 
     def begin(self, sid: bytes, run: str, round: int, attempt: int) -> bytes:
-        return self._journal.begin(sid, run, round, attempt)
+        seed = self._journal.begin(sid, run, round, attempt)
+        self._last[run] = sid
+        return seed
 
     def answer(self, sid: bytes, step: str, request_digest: bytes, reply_digest: bytes) -> None:
         self._journal.answer(sid, step, request_digest, reply_digest)
 
     def finish(self, sid: bytes) -> None:
-        self._last = sid
+        """Not yet."""
 
     def forget(self) -> None:
-        if self._last:
-            self._journal.finish(self._last)
+        for sid in self._last.values():
+            self._journal.finish(sid)
+        self._last.clear()
 
 
 class Site:
@@ -228,11 +234,20 @@ class Site:
         return self._accountant.epsilon(self._ledger.charges(self.name, self._dataset), delta)
 
     def exposures(self, deployment: Deployment, delta: float, colluders: Sequence[int]) -> tuple[Exposure, ...]:
-        """The same ε against each adversary; empty without a claim."""
+        """The same ε against each adversary; empty without a claim. Each release counts as it was made, in its run."""
         if deployment.unit is PrivacyUnit.NONE:
             return ()
-        charges = self._ledger.charges(self.name, self._dataset)
-        return exposures(deployment, charges, delta, self._accountant, colluders=colluders)
+        spends: dict[tuple[object, ...], Entry] = {}
+        for line in self._ledger.entries(self.name):
+            entry = line.entry
+            if entry.charges:  # a settlement takes the place of its reserve
+                spends[entry.kind == "charge", entry.run, entry.round, entry.attempt] = entry
+        made: dict[Deployment, list[Charge]] = {deployment: []}
+        for entry in spends.values():
+            how = from_canonical_json(entry.metadata["deployment"].encode(), Deployment)
+            made.setdefault(how, []).extend(entry.charges)
+        charges = made.pop(deployment)
+        return exposures(deployment, charges, delta, self._accountant, colluders=colluders, others=made.items())
 
     @property
     def insecure_spends(self) -> bool:
@@ -249,6 +264,7 @@ class Site:
         reason = config.method.guarantee(config.privacy.unit, config.privacy.noise)
         if reason is not None:
             raise NoGuarantee(reason)
+        check_units(config, self._data)
         context = wire.context(message.plan, message.state)
         current = _Round(plan, message.purpose, context, self._encoding(plan, state, message.purpose))
         if config.privacy.unit is not PrivacyUnit.NONE and not self._charged(current):
@@ -307,29 +323,40 @@ class Site:
 
     def _contribute(self, current: "_Round", state: State) -> IntVector:
         """int64[dim]: what the site adds to the sum, noised, charged and as integers."""
-        plan, config, encoding = current.plan, current.plan.config, current.encoding
+        plan = current.plan
         labels: tuple[bytes, ...] = (plan.round.to_bytes(8, "big"), plan.attempt.to_bytes(8, "big"))
         if not self._insecure:  # a known seed is for comparing runs: it gives every run the same noise
             labels += (bytes.fromhex(self._fingerprint), plan.run.encode(), current.context)
         purpose = b"round" if current.purpose == "update" else current.purpose.encode()
         key = noise.derive_key(self._noise_key, purpose, *labels)
+        try:
+            given = self._given(current, state, key)
+        except (PrivfedError, PrivacyError):
+            raise  # about the plan and its method
+        except Exception:
+            # It may be about a record, and the refusal tells that it happened: that is not for nothing
+            if planned := self._planned(current):
+                self._book(current, planned, in_shares=False)
+            raise
+        current.in_shares = given.in_shares
+        self._book(current, given.charges, in_shares=given.in_shares)
+        return given.vector
+
+    def _given(self, current: "_Round", state: State, key: bytes) -> Contribution:
+        config, encoding = current.plan.config, current.encoding
         records = self._records(config, state)
         if isinstance(encoding, CountSum):
             counts = self._counts(config, state, records, encoding)
-            given = Contribution(encoding.encode(counts, key), self._planned(current), in_shares=True)
-        else:
-            given = contribute(
-                config,
-                self._schema,
-                records,
-                state,
-                encoding,
-                noise_multiplier=plan.noise_multiplier,
-                key=key,
-            )
-        current.in_shares = given.in_shares
-        self._book(current, given)
-        return given.vector
+            return Contribution(encoding.encode(counts, key), self._planned(current), in_shares=True)
+        return contribute(
+            config,
+            self._schema,
+            records,
+            state,
+            encoding,
+            noise_multiplier=current.plan.noise_multiplier,
+            key=key,
+        )
 
     def _counts(self, config: Config, state: State, records: Split, encoding: CountSum) -> NDArray[np.int64]:
         """int64[dim]: counts of the model's figures, or moments of the inputs."""
@@ -340,13 +367,13 @@ class Site:
         outputs = evaluation.outputs_of(build_model(config, self._schema), state["theta"], records.test.inputs)
         return figures.counted(config, records.test, outputs)
 
-    def _book(self, current: "_Round", given: Contribution) -> None:
+    def _book(self, current: "_Round", charges: tuple[Charge, ...], *, in_shares: bool) -> None:
         """Have the spend on disk; refuse it if it is beyond the budget."""
         config = current.plan.config
-        entry = self._entry(current, given.charges)
+        entry = self._entry(current, charges)
         claimed = config.privacy.unit is not PrivacyUnit.NONE
         check = (lambda prior, new: self._afford(config, prior, new)) if claimed else None
-        if given.in_shares:
+        if in_shares:
             self._ledger.reserve(msgspec.structs.replace(entry, kind="reserve"), check)
         else:
             self._ledger.charge(entry, check)
@@ -361,7 +388,9 @@ class Site:
         self._ledger.settle(msgspec.structs.replace(entry, kind="settle", metadata=metadata))
 
     def _entry(self, current: "_Round", charges: tuple[Charge, ...]) -> Entry:
-        plan = current.plan
+        plan, config = current.plan, current.plan.config
+        noise_site = config.privacy.noise if current.purpose == "update" else NoiseSite.DISTRIBUTED
+        deployment = deployment_of(config, cohort_in(plan), noise_site)
         return Entry(
             site=self.name,
             dataset=self._dataset,
@@ -369,10 +398,14 @@ class Site:
             round=plan.round,
             attempt=plan.attempt,
             unit=plan.config.privacy.unit,
-            noise=plan.config.privacy.noise if current.purpose == "update" else NoiseSite.DISTRIBUTED,
+            noise=noise_site,
             charges=charges,
             insecure_seed=self._insecure,
-            metadata={"context": current.context.hex(), "records": self._fingerprint},
+            metadata={
+                "context": current.context.hex(),
+                "records": self._fingerprint,
+                "deployment": to_canonical_json(deployment).decode(),
+            },
         )
 
     def _evaluate(self, message: wire.Evaluate) -> wire.Measurement:

@@ -29,8 +29,9 @@ def inputs_range(schema: Schema) -> tuple[NDArray[np.float64], NDArray[np.float6
 def unit_means(config: Config, train: SiteData) -> NDArray[np.float64]:
     """float64[units, F]: each record's inputs, or the mean of each patient's, who then counts as one."""
     table = train.inputs.numpy().astype(np.float64)
-    if config.privacy.unit is not PrivacyUnit.PATIENT or train.patients is None:
+    if config.privacy.unit is not PrivacyUnit.PATIENT:
         return table
+    assert train.patients is not None  # `doors.check_units`
     _, owner, count = np.unique(train.patients, return_inverse=True, return_counts=True)
     sums = np.zeros((len(count), table.shape[1]))
     np.add.at(sums, owner, table)

@@ -22,7 +22,7 @@ from privfed.privacy.errors import NoGuarantee
 from privfed.privacy.events import Charge, NoiseSite, PrivacyUnit
 from privfed.privacy.oracle.door import ALL, group
 from privfed.privacy.releases import Counts, Standardisation
-from privfed.privacy.shared import ClientSum, CountSum, RecordSum, client_sum, record_sum
+from privfed.privacy.shared import MOST_SHARE_VARIANCE, ClientSum, CountSum, RecordSum, client_sum, record_sum
 from privfed.privacy.units import executed_event
 
 from . import wire
@@ -171,22 +171,32 @@ def claimed_colluders(config: Config, cohort: Cohort) -> int:
     return colluders
 
 
-def deployment_of(config: Config, cohort: Cohort) -> tuple[Deployment, tuple[int, ...]]:
-    """What decides who sees what, and the numbers of colluding sites that are worth a line of their own.
+def deployment_of(config: Config, cohort: Cohort, noise: NoiseSite | None = None) -> Deployment:
+    """What decides who sees what of a run's sums whose noise is added at ``noise``; default where the updates' is.
 
-    With a key holder among the sites, one colluding site opens every vector; with one of its own, no number of sites:
-    then all the others together are, who know all shares but one.
+    With a key holder among the sites, one colluding site opens every vector; with one of its own, no number of sites.
+    On a sparse graph of masks nothing is promised beyond the colluders that it was made for.
     """
     masked, encrypted = (config.aggregation.kind == kind for kind in ("masked", "homomorphic"))
     at_a_site = encrypted and config.aggregation.key_holder is not None
-    threshold = cohort.threshold if masked else 1 if at_a_site else None
-    deployment = Deployment(
-        unit=config.privacy.unit, noise=config.privacy.noise, secure_sum=masked or encrypted, threshold=threshold
+    opens = cohort.threshold if cohort.degree is None else cohort.colluders + 1
+    return Deployment(
+        unit=config.privacy.unit,
+        noise=noise or config.privacy.noise,
+        secure_sum=masked or encrypted,
+        threshold=opens if masked else 1 if at_a_site else None,
     )
+
+
+def worthwhile_colluders(config: Config, cohort: Cohort) -> tuple[int, ...]:
+    """The numbers of sites that stand by the server and are worth a line of their own.
+
+    Where no number of sites opens a vector, all the others together are, who know all shares but one.
+    """
     if not shares_noise(config):
-        return deployment, ()
-    numbers = {claimed_colluders(config, cohort), threshold or cohort.size - 1}
-    return deployment, tuple(sorted(numbers - {0}))
+        return ()
+    numbers = {claimed_colluders(config, cohort), deployment_of(config, cohort).threshold or cohort.size - 1}
+    return tuple(sorted(numbers - {0}))
 
 
 def shares_noise(config: Config) -> bool:
@@ -360,7 +370,7 @@ def count_sum(
             )
     if release is None or noise_multiplier <= 0:
         raise NoGuarantee(f"the plan asks for {purpose} that its configuration does not release")
-    return CountSum(
+    counts = CountSum(
         release=release,
         noise_multiplier=noise_multiplier,
         minimum_cohort=cohort.minimum_cohort,
@@ -368,6 +378,9 @@ def count_sum(
         sites=cohort.size,
         most_bits=MAX_BITS,
     )
+    if counts.share_variance > MOST_SHARE_VARIANCE or (2 * cohort.size * counts.bound).bit_length() > MAX_BITS:
+        raise NoGuarantee(f"noise in shares does not fit: {purpose} with a noise of {noise_multiplier:g}. Lower it")
+    return counts
 
 
 # What it costs
