@@ -14,6 +14,7 @@ from scipy.stats import chi2, norm
 
 from .errors import PrivacyError
 from .events import Skellam
+from .noise import new_key
 from .skellam import share, table
 
 _FALSE_ALARM = 1e-6  # probability that a sound mechanism fails one check
@@ -36,6 +37,50 @@ def check_sampler(variance: int, key: bytes, *, size: int = 1 << 16) -> None:
         SelfTestFailed: with the check that failed.
     """
     check_noise(share(key, size, variance), variance, what="the sampler")
+
+
+class SelfTest:
+    """`check_encoding` of each way of making a share, once. Simulated sites have one in common: it tests no secret."""
+
+    def __init__(self) -> None:
+        self._passed: set[tuple[type, int]] = set()
+
+    def ensure(self, kind: type, encode: Callable[[bytes], NDArray[np.int64]], variance: int) -> None:
+        """Returns if encodings of this kind, with a share of this variance, pass or have passed.
+
+        Raises:
+            SelfTestFailed: they do not.
+        """
+        if (kind, variance) not in self._passed:
+            check_encoding(encode, variance)
+            self._passed.add((kind, variance))
+
+
+def check_encoding(encode: Callable[[bytes], NDArray[np.int64]], variance: int, *, size: int = 1 << 11) -> None:
+    """Tests that what a site sends carries its share of noise, and another one under another key.
+
+    Args:
+        encode: a key of 32 bytes → the encoding of a vector of zeros, which is its share and nothing else.
+        variance: of a share, as it is booked.
+        size: coordinates that are looked at, at least.
+
+    Raises:
+        SelfTestFailed: twice in a row, with the check that failed. A sound mechanism does so once in 10¹⁰ times.
+    """
+    try:
+        _check_encoding(encode, variance, size)
+    except SelfTestFailed:
+        _check_encoding(encode, variance, size)
+
+
+def _check_encoding(encode: Callable[[bytes], NDArray[np.int64]], variance: int, size: int) -> None:
+    streams: list[list[NDArray[np.int64]]] = [[], []]
+    while sum(map(len, streams[0])) < size / 2:
+        for stream in streams:
+            stream.append(encode(new_key()))
+    one, other = map(np.concatenate, streams)
+    check_noise(np.concatenate([one, other]), variance, what="a site's encoding of nothing")
+    check_independence([one, other], what="two releases")
 
 
 def check_noise(residual: NDArray[np.int64], variance: int, *, what: str = "the noise") -> None:

@@ -273,12 +273,15 @@ class CountSum:
         )
 
     def event(self, shares: int | None = None) -> Skellam:
-        """As `SharedSum.event`."""
-        return self.release.event(
-            share_variance=self.share_variance,
-            shares=max(self.minimum_cohort, shares or 0),
-            colluders=self.colluders,
-        )
+        """As `SharedSum.event`.
+
+        Raises:
+            ValueError: fewer shares than minimum_cohort: such a sum must not be released.
+        """
+        shares = self.minimum_cohort if shares is None else shares
+        if shares < self.minimum_cohort:
+            raise ValueError(f"shares must be at least minimum_cohort = {self.minimum_cohort}, got {shares}")
+        return self.release.event(share_variance=self.share_variance, shares=shares, colluders=self.colluders)
 
     def add_noise(self, total: NDArray[np.int64], key: bytes) -> NDArray[np.int64]:
         """``total``: the sites have added their shares."""

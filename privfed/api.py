@@ -87,6 +87,8 @@ def prepare(config: Config, *, facts: RunFacts | None = None) -> Preparation:
         check_units(config, records)
     cohort = cohort_of(config, len(data.sites))
     parties = members(config, data)
+    if strangers := sorted(set(config.evaluation.public_sites) - set(data.sites)):
+        raise ConfigError(f"evaluation.public_sites: no site {strangers[0]!r}; sites are {', '.join(data.sites)}")
     for outage in config.simulation.outages:
         if outage.site not in parties:
             raise ConfigError(f"simulation.outages: no site {outage.site!r}; sites are {', '.join(parties)}")

@@ -64,8 +64,11 @@ def read(config: Config, total: NDArray[np.int64], variance: int) -> Released:
 def _score(config: Config, total: NDArray[np.int64] | NDArray[np.float64]) -> float | None:
     if config.evaluation.metric == "accuracy":
         return float(total[1] / total[0]) if total[0] >= 1 else None
-    counts = np.maximum(total, 0).astype(np.float64)
+    # As they are: of 64 cells of noise, those below zero balance those above; cut off, they draw AUROC to a half
+    counts = total.astype(np.float64)
     negative, positive = counts[:BINS], counts[BINS:]
+    if min(negative.sum(), positive.sum()) < 1:
+        return None
     pairs = negative.sum() * positive.sum()
     below = np.cumsum(negative) - negative / 2  # of one bin, half are taken to be right
-    return float((positive * below).sum() / pairs) if pairs > 0 else None
+    return float((positive * below).sum() / pairs)

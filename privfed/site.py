@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -34,6 +35,7 @@ from privfed.privacy.errors import BudgetExhausted, ChargeConflict, NoGuarantee,
 from privfed.privacy.events import Charge, NoiseSite, PrivacyUnit, from_canonical_json, to_canonical_json
 from privfed.privacy.ledger import Entry, Ledger, utc_now
 from privfed.privacy.releases import Standardisation
+from privfed.privacy.selftest import SelfTest, SelfTestFailed
 from privfed.privacy.shared import CountSum
 
 from . import evaluation, figures, parameters, wire
@@ -48,6 +50,7 @@ from .policy import PolicyRefusal, check_policy
 from .seals import seal
 from .standardisation import DEVIATION, MEAN, check_standardisation, inputs_range, unit_means
 from .terms import (
+    Grid,
     Schema,
     Summand,
     build_model,
@@ -128,6 +131,7 @@ class Site:
         accountant: shared among simulated sites for its cache.
         pool: `workers` that share the encryption of a long vector.
         clock: gives an aware datetime, for the dates on what it signs.
+        self_test: of its noise; shared among simulated sites, which share the code.
 
     Guarantees:
         What leaves is an aggregation message, a refusal, or evaluation figures. A refused plan touches no record. The
@@ -152,6 +156,7 @@ class Site:
         accountant: Accountant,
         pool: Executor | None = None,
         clock: Callable[[], datetime] = utc_now,
+        self_test: SelfTest | None = None,
     ) -> None:
         self.name = identity.name
         self._identity, self._roster = identity, roster
@@ -170,6 +175,7 @@ class Site:
             )
         self._ledger, self._accountant, self._clock = ledger, accountant, clock
         self._journal, self._pool = _Replayable(journal), pool
+        self._self_test = self_test or SelfTest()
         self._noise_key, self._split_key = noise_key, split_key
         self._insecure, self._policy = insecure, policy
         self._run: tuple[str, tuple[Config, float, SideNoise]] | None = None
@@ -217,6 +223,9 @@ class Site:
             reply = wire.Refusal("protocol", str(error), final=False)
         except (PrivfedError, ValueError) as error:
             reply = wire.Refusal("error", str(error), final=False)
+        except SelfTestFailed as error:
+            logger.error("%s: %s", self.name, error)
+            reply = wire.Refusal("error", "the site's noise failed its self-test", final=True)
         except PrivacyError as error:
             logger.error("%s: %s", self.name, error)  # its own log: the message names local files
             reply = wire.Refusal("error", "the site can not use its ledger", final=False)
@@ -323,6 +332,7 @@ class Site:
 
     def _contribute(self, current: "_Round", state: State) -> IntVector:
         """int64[dim]: what the site adds to the sum, noised, charged and as integers."""
+        self._test_noise(current.encoding)
         plan = current.plan
         labels: tuple[bytes, ...] = (plan.round.to_bytes(8, "big"), plan.attempt.to_bytes(8, "big"))
         if not self._insecure:  # a known seed is for comparing runs: it gives every run the same noise
@@ -341,6 +351,21 @@ class Site:
         current.in_shares = given.in_shares
         self._book(current, given.charges, in_shares=given.in_shares)
         return given.vector
+
+    def _test_noise(self, encoding: Summand) -> None:
+        """Have this site's share of noise tested before it is relied on.
+
+        Raises:
+            SelfTestFailed: it is not what would be booked.
+        """
+        if isinstance(encoding, Grid) or (not isinstance(encoding, CountSum) and encoding.at_server):
+            return  # no share
+        if isinstance(encoding, CountSum):
+            counts, variance = encoding, encoding.share_variance
+            encode = partial(counts.encode, np.zeros(counts.dim, dtype=np.int64))
+        else:
+            encode, variance = partial(encoding.encode, np.zeros(encoding.rotation.dim)), encoding.noise.share_variance
+        self._self_test.ensure(type(encoding), encode, variance)
 
     def _given(self, current: "_Round", state: State, key: bytes) -> Contribution:
         config, encoding = current.plan.config, current.encoding

@@ -218,7 +218,9 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         """uint64[n]: what stands for the patient of each record, at its own site."""
         if self.patient is None:
             return None
-        return _hashes(pd.DataFrame({"site": site, "patient": self._named(frame, self.patient, "patient")}))
+        # In one spelling: a patient taken for two would be protected as two
+        patient = canonical(self._named(frame, self.patient, "patient"))
+        return _hashes(pd.DataFrame({"site": site, "patient": patient}))
 
     def _named(self, frame: pd.DataFrame, column: str, key: str) -> "pd.Series[str]":
         """A column of ids, none of them empty."""

@@ -11,6 +11,7 @@ from privfed.crypto.roster import FIRST_PREVIOUS, Identity, Roster
 from privfed.privacy import noise
 from privfed.privacy.accountant import Accountant
 from privfed.privacy.ledger import Ledger
+from privfed.privacy.selftest import SelfTest
 
 from .. import keyring
 from ..config import Config
@@ -68,6 +69,7 @@ def open_consortium(
     roster = Roster(version=1, previous=FIRST_PREVIOUS, members=public)
     seed = config.privacy.insecure_seed
     processes = config.simulation.threads if needs_key_holder(config) else 1
+    self_test = SelfTest()
     with Ledger(ledger) as book, workers(processes) as pool:
         sites = {
             name: Site(
@@ -86,6 +88,7 @@ def open_consortium(
                 policy=config.policy,
                 accountant=accountant,
                 pool=pool,
+                self_test=self_test,
             )
             for name, records in data.sites.items()
         }

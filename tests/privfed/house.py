@@ -11,7 +11,7 @@ import torch
 
 from privfed import wire
 from privfed.cohort import Cohort, cohort_of
-from privfed.config import Config, Evaluation, Policy, Privacy
+from privfed.config import Config, Evaluation, Policy, Privacy, SideNoise
 from privfed.crypto.journal import Journal, MemoryJournal
 from privfed.crypto.roster import FIRST_PREVIOUS, Identity, Roster
 from privfed.data.records import SiteData, public_split_key
@@ -21,6 +21,7 @@ from privfed.methods import FedAvg
 from privfed.parameters import encode, to_vector
 from privfed.privacy.accountant import Accountant
 from privfed.privacy.ledger import Ledger, Recorded
+from privfed.privacy.selftest import SelfTest
 from privfed.simulation.faults import FaultyEngine
 from privfed.site import Site
 from privfed.terms import Schema, build_model, checked_encoding
@@ -28,7 +29,9 @@ from privfed.terms import Schema, build_model, checked_encoding
 SCHEMA = Schema(features=3, classes=2)
 SIZE = 3 * 2 + 2  # logistic regression of three inputs on two classes
 ACCOUNTANT = Accountant()  # shared for its caches
+SELF_TEST = SelfTest()  # shared as in a simulation: the code is the same
 SIGMA = 2.0
+NO_SIDE_NOISE = SideNoise()
 MARK = 7.25  # every record holds it: nothing that leaves may
 
 
@@ -66,6 +69,8 @@ class House:
     policy: Policy = field(default_factory=Policy)
     insecure: bool = False
     journals: Callable[[str], Journal] = lambda name: MemoryJournal()
+    data: Callable[[str], SiteData] = lambda name: records(ord(name))
+    schema: Schema = SCHEMA
 
     def __post_init__(self) -> None:
         self.names = [chr(ord("a") + number) for number in range(self.n)]
@@ -81,8 +86,8 @@ class House:
         fields: dict[str, Any] = {
             "identity": self.identities[name],
             "roster": self.roster,
-            "data": records(ord(name)),
-            "schema": SCHEMA,
+            "data": self.data(name),
+            "schema": self.schema,
             "ledger": self.ledger,
             "journal": self.kept[name],
             "fingerprint_key": key(name, "fingerprint"),
@@ -91,6 +96,7 @@ class House:
             "insecure": self.insecure,
             "policy": self.policy,
             "accountant": ACCOUNTANT,
+            "self_test": SELF_TEST,
         }
         return Site(**{**fields, **changes})
 
@@ -98,14 +104,18 @@ class House:
         """What the ledger holds as spent; the terms a run began with stand there too."""
         return tuple(line for line in self.ledger.entries(site) if line.entry.kind == "charge")
 
-    def federation(self, config: Config, *, engine: Engine | None = None, run: str = "r") -> Federation:
+    def federation(
+        self, config: Config, *, engine: Engine | None = None, run: str = "r", side_noise: SideNoise = NO_SIDE_NOISE
+    ) -> Federation:
         return Federation(
             config=config,
             run=run,
             roster=self.roster,
             engine=engine or FaultyEngine(LocalEngine(self.sites), config.simulation, seed=config.seed),
             noise_multiplier=config.privacy.noise_multiplier or 0.0,
-            state=config.method.init_server(to_vector(build_model(config, SCHEMA))),
+            side_noise=side_noise,
+            schema=self.schema,
+            state=config.method.init_server(to_vector(build_model(config, self.schema))),
             clock=lambda: 0.0,
         )
 
@@ -122,6 +132,7 @@ class House:
             "degree": cohort.degree,
             "noise_multiplier": config.privacy.noise_multiplier or 0.0,
             "config": config,
+            "features": self.schema.features,
             "roster_version": 1,
         }
         return wire.RoundPlan(**{**fields, **changes})
