@@ -54,6 +54,13 @@ def test_ist_has_its_large_hospitals() -> None:
     assert 0.5 < dead_or_dependent / sum(map(len, sites.sites.values())) < 0.75
 
 
+def test_shared_noise_runs_on_the_same_inputs_as_ist() -> None:
+    shared = config_io.load_config(EXAMPLES / "ist_shared_noise.toml")
+    assert shared.data == data_of("ist.toml")
+    assert (shared.privacy.noise.value, shared.privacy.target_epsilon) == ("distributed", 1.0)
+    assert shared.method.guarantee(shared.privacy.unit, shared.privacy.noise) is None
+
+
 def test_ist_uses_baseline_columns_only() -> None:
     # D*, F*, and what is derived from them were recorded after the treatment: they hold the outcome
     names = {column.name for column in data_of("ist.toml").columns}
