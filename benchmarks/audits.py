@@ -1,4 +1,4 @@
-"""Audits: how near their lower bounds come to ε, how often they raise a false alarm, what they catch, how long it takes.
+"""Audits: how near their bounds come to ε, how often they raise a false alarm, what they catch, how long it takes.
 
 python benchmarks/audits.py [--quick] [--json FILE] [--check]
 """
