@@ -45,7 +45,7 @@ class Run:
         folder: what it left on disk.
         summary: the figures that ``privfed run --json`` prints.
         reports: one per round.
-        theta: float32[P], the global model's parameters.
+        theta: float32[P], the global model's parameters, for inputs as the run standardised them.
     """
 
     folder: Path

@@ -18,6 +18,8 @@ from privfed.crypto.masking.server import MaskedServer
 from privfed.crypto.plain import PlainServer
 from privfed.crypto.roster import Roster
 from privfed.privacy import noise
+from privfed.privacy.errors import NoGuarantee
+from privfed.privacy.events import NoiseSite
 from privfed.privacy.releases import Standardisation
 
 from . import figures, wire
@@ -35,6 +37,7 @@ from .terms import (
     Schema,
     Update,
     checked_encoding,
+    count_sum,
     key_holder_of,
     plan_encoding,
     session_of,
@@ -109,7 +112,8 @@ class Federation:
         state: the server's state to start from.
         server_key: bytes[32], secret; a coordinator restarted with the same one goes on with a round that was cut
             short. Default fresh.
-        journal: the homomorphic aggregator's own durable memory, for the same; default none beyond a round.
+        journal: the homomorphic aggregator's own durable memory, and that of a server that adds the noise, for the
+            same; default none beyond a round.
         first_round: 0, or where an interrupted run goes on.
         retired: sites that left it before, with their reasons.
         clock: monotonic seconds, for the report alone.
@@ -157,15 +161,30 @@ class Federation:
             active = tuple(index for index in self._sites if self._names[index] not in self.retired)
             try:
                 cohort = cohort_of(self.config, len(active))
-            except ConfigError:
+                self._check_sums(cohort)
+            except (ConfigError, NoGuarantee) as error:
                 logger.warning(
-                    "the run ends before round %d: %d of %d sites are left, too few for a sum",
+                    "the run ends before round %d: %d of %d sites are left, too few for a sum (%s)",
                     self.next_round + 1,
                     len(active),
                     len(self._sites),
+                    error,
                 )
                 return
             yield self._round(self.next_round, active, cohort)
+
+    def _check_sums(self, cohort: Cohort) -> None:
+        """Return if all that the run adds up has a guarantee with this cohort: fewer sites carry more noise each.
+
+        Raises:
+            ConfigError, NoGuarantee: the reason.
+        """
+        checked_encoding(self.config, cohort, len(self.state["theta"]), self._noise_multiplier)
+        features = self._schema.features if self._schema else 1
+        sides: dict[wire.Purpose, float] = {"figures": self._side_noise.figures, "inputs": self._side_noise.inputs}
+        for purpose, noise_multiplier in sides.items():
+            if noise_multiplier and self.config.method.sends:
+                count_sum(self.config, cohort, purpose, features, noise_multiplier)
 
     def _round(self, number: int, active: tuple[int, ...], cohort: Cohort) -> RoundReport:
         started = self._clock()
@@ -196,7 +215,7 @@ class Federation:
                 result = self._aggregate(plan, encoding, "update", tally)
                 self._serve(result, encoding, number)
             except AggregationError as error:
-                aborted = str(error)
+                result, aborted = None, str(error)
                 if isinstance(error, FaultyDealer):
                     for index, by in error.accusers.items():
                         if not by:  # proved by the dealer's own signature; a bare complaint proves nothing
@@ -272,7 +291,13 @@ class Federation:
 
     def _serve(self, result: AggregationResult, encoding: Update, number: int) -> None:
         # Noise of this very sum: a restart repeats it, and another sum in its place would not share it
-        labels = (self.run.encode(), number.to_bytes(8, "big"), hashlib.sha256(result.total.tobytes()).digest())
+        digest = hashlib.sha256(result.total.tobytes()).digest()
+        labels = (self.run.encode(), number.to_bytes(8, "big"), digest)
+        if self.config.privacy.noise is NoiseSite.CENTRAL and self._journal is not None:
+            # Nor may there be another one: sites that were late before a crash would make it a second release
+            sid = hashlib.sha256(b"central noise" + b"".join(labels[:2])).digest()
+            self._journal.begin(sid, f"{self.run}/central noise", number, 0)
+            self._journal.answer(sid, "sum", digest, digest)
         total = encoding.add_noise(result.total, noise.derive_key(self._server_key, b"noise", *labels))
         mean = encoding.decode(total, summands=len(result.contributors))
         progress = number / self.config.rounds

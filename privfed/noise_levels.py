@@ -16,6 +16,7 @@ from .config import Config, SideNoise
 from .errors import ConfigError
 from .terms import Schema, count_sum, counts_of, encoding_of, parameter_count, planned_charges, side_charge
 
+_FAINTEST = 1e-3  # integers of variance 1, which may cost less than a generous target
 _CLIENT_SHARE = 0.2  # of the target for figures that can not be paid beside the updates
 
 
@@ -53,16 +54,22 @@ def noise_levels(config: Config, cohort: Cohort, schema: Schema, accountant: Acc
         except ValueError as error:
             raise ConfigError(f"{key} = {target:g}: {error}") from None
 
+    def beside_least(key: str, target: float, purpose: wire.Purpose) -> float:
+        cheapest = side_charges(purpose, _FAINTEST)
+        if accountant.epsilon(cheapest, privacy.delta).value <= target:
+            return _FAINTEST
+        return least(key, target, lambda z: side_charges(purpose, z))
+
     figures = inputs = 0.0
     try:
         if counts_of(config) is not None:
             target = figures_target(config)
-            figures = least("evaluation.target_epsilon", target, lambda z: side_charges("figures", z))
+            figures = beside_least("evaluation.target_epsilon", target, "figures")
     except NoGuarantee as refusal:
         raise ConfigError(str(refusal)) from None
     if privacy.standardise_epsilon is not None:
         target = privacy.standardise_epsilon
-        inputs = least("privacy.standardise_epsilon", target, lambda z: side_charges("inputs", z))
+        inputs = beside_least("privacy.standardise_epsilon", target, "inputs")
     levels = SideNoise(figures=figures, inputs=inputs)
     beside = (
         *(side_charges("figures", levels.figures) if levels.figures else ()),

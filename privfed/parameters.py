@@ -14,8 +14,8 @@ def to_vector(model: nn.Module) -> Tensor:
 
 
 def load_vector(model: nn.Module, vector: Tensor) -> None:
-    """Write float32[P] into the model's parameters."""
-    vector_to_parameters(vector, model.parameters())
+    """Write a copy of float32[P] into the model's parameters: what changes them does not change the vector."""
+    vector_to_parameters(vector.clone(), model.parameters())
 
 
 def encode(state: Mapping[str, Tensor]) -> bytes:

@@ -1,7 +1,9 @@
 """Noise in shares, end to end: what is planned, paid, sent, settled and released, and what nobody gets."""
 
 import math
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from privfed import wire
+import privfed
+from privfed import folder, wire
 from privfed.cohort import cohort_of
 from privfed.config import (
     Aggregation,
@@ -32,8 +35,12 @@ from privfed.crypto.masking.server import MaskedServer
 from privfed.crypto.plain import PlainServer
 from privfed.data.records import SiteData, public_split_key
 from privfed.doors import exact_door, private_door, share_door, split
+from privfed.engines.local import LocalEngine
 from privfed.errors import ConfigError
-from privfed.federation import RoundReport
+from privfed.evaluation import outputs_of
+from privfed.federation import Federation, RoundReport
+from privfed.figures import Released
+from privfed.folder import RunFolder
 from privfed.methods import FedAvg, FedSGD, Fomaml
 from privfed.noise_levels import noise_levels
 from privfed.parameters import decode, encode
@@ -56,6 +63,7 @@ from privfed.terms import (
     TEST,
     TRAIN,
     Schema,
+    build_model,
     deployment_of,
     encoding_of,
     plan_encoding,
@@ -825,3 +833,178 @@ def test_a_calibration_that_can_not_hold_is_refused_before_the_run() -> None:
     plain = msgspec.structs.replace(figures, aggregation=Aggregation(kind="plain"))
     with pytest.raises(ConfigError, match="secure sum"):
         noise_levels(plain, cohort_of(plain, 5), SCHEMA, ACCOUNTANT)
+
+
+# Fewer sites, and a server that crashes
+
+
+@pytest.mark.parametrize("noise", [DISTRIBUTED, LOCAL])
+def test_a_run_ends_where_the_sites_that_are_left_can_not_hide_one_another(tmp_path: Path, noise: NoiseSite) -> None:
+    """Three colluders leave one honest site in four; when a site has left, the smallest sum is of three."""
+    settings = changed(claim(RECORD, noise, colluders=3), "evaluation", release="private")
+    house = House(tmp_path)
+    house.sites["e"] = house.start("e", policy=Policy(require_secure_aggregation=True, minimum_cohort=5))
+    reports = list(house.federation(settings, side_noise=SideNoise(figures=5.0)).rounds())
+    assert len(reports) == 1 and "minimum_cohort" in reports[0].refused["e"]
+
+
+def test_a_trusted_server_that_crashed_adds_its_noise_to_no_second_sum(tmp_path: Path) -> None:
+    """After the crash a site is up that was late before: both sums together would show its whole update."""
+    settings = msgspec.structs.replace(claim(CLIENT, CENTRAL), aggregation=Aggregation(kind="plain"))
+    house, journal = House(tmp_path), MemoryJournal()
+
+    def coordinator(lost: str) -> RoundReport:
+        tap = Tap(LocalEngine(house.sites), lambda site, request, reply: None if site == lost else reply)
+        federation = Federation(
+            config=settings,
+            run="r",
+            roster=house.roster,
+            engine=tap,
+            noise_multiplier=5.0,
+            state=settings.method.init_server(torch.zeros(SIZE)),
+            server_key=bytes(32),
+            journal=journal,
+        )
+        report = next(federation.rounds())
+        models.append(federation.state["theta"])
+        return report
+
+    models: list[Tensor] = []
+    assert coordinator("c").contributed == ("a", "b", "d", "e")
+    assert coordinator("c").contributed == ("a", "b", "d", "e")
+    assert torch.equal(models[0], models[1]) and models[0].abs().max() > 0  # the same noise again
+    report = coordinator("")
+    assert report.contributed == () and report.aborted is not None
+    assert not models[2].any()
+
+
+# Whole runs
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A folder in memory where there is such a place: a run syncs some hundred times."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as scratch:
+        yield Path(scratch)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "t.csv"
+    randomness = np.random.default_rng(0)
+    rows = [
+        f"{'abcd'[i % 4]},{i // 8},{randomness.normal() + 2 * (i // 4 % 2):.4f},{randomness.normal():.4f},{i // 4 % 2}"
+        for i in range(400)
+    ]
+    path.write_text("\n".join(["site,person,x,z,y", *rows]) + "\n")
+    return path
+
+
+def whole(table: Path, *more: str) -> Config:
+    return privfed.load_config(
+        overrides=[
+            *('data.source="csv"', f'data.file="{table}"', 'data.site="site"', 'data.label="y"'),
+            *('data.classes={no=["0"], yes=["1"]}', 'data.patient="person"', "rounds=4", 'name="toy"'),
+            'data.numeric=[{name="x", range=[-3, 5]}, {name="z", range=[-4, 4]}]',
+            *('method.name="fedsgd"', "method.personal_steps=1", "evaluation.local_steps=1"),
+            *('privacy.unit="patient"', 'privacy.noise="distributed"', "privacy.expected_batch_size=40"),
+            *('evaluation.release="private"', *more),
+        ]
+    )
+
+
+def test_a_whole_run_about_patients_stays_in_its_target(table: Path, memory: Path) -> None:
+    settings = whole(table, "privacy.target_epsilon=4.0", "privacy.standardise_epsilon=1.0")
+    summary = privfed.run(settings, out=memory / "run").summary
+    assert summary.complete and summary.privacy.epsilon.max is not None
+    assert 3.0 < summary.privacy.epsilon.max <= 4.0  # settled with four shares where three were planned
+    lines = {(line.adversary, line.colluders): line.epsilon for line in summary.privacy.adversaries}
+    assert lines["one other site", 0] > lines["curious server", 0] > 0  # type: ignore[operator]
+    assert summary.privacy.epsilon.max == pytest.approx(lines["server and colluding sites", 1])
+    assert summary.utility.global_.mean is not None and summary.utility.noise_deviation is not None
+    assert (summary.utility.personalized.mean, summary.utility.fraction_hurt) == (None, None)
+
+
+def test_a_model_of_standardised_inputs_takes_them_as_they_are(table: Path, memory: Path) -> None:
+    """What is saved predicts from a user's inputs what the run's model predicts from standardised ones."""
+    settings = whole(table, "privacy.target_epsilon=30", "privacy.standardise_epsilon=10", "model.hidden=[4]")
+    finished = privfed.run(settings, out=memory / "run")
+    checkpoint = RunFolder.open(memory / "run").load_checkpoint()
+    assert checkpoint is not None and MEAN in checkpoint.server
+    inputs = settings.data.load(seed=0).sites["a"].inputs
+    schema = Schema(2, 2)
+    inside = outputs_of(
+        build_model(settings, schema),
+        finished.theta,
+        (inputs - checkpoint.server[MEAN]) / checkpoint.server[DEVIATION],
+    )
+    saved, _ = RunFolder.open(memory / "run").load_tensors(folder.MODEL)
+    model = build_model(settings, schema)
+    model.load_state_dict(saved)
+    outside = model(inputs)
+    assert torch.allclose(inside, outside, atol=1e-4)
+    assert float((outside.max(0).values - outside.min(0).values).min()) > 0.01  # it does look at its inputs
+    assert not torch.allclose(outputs_of(build_model(settings, schema), finished.theta, inputs), outside, atol=1e-2)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("killed_in", [None, 1, 2])
+def test_the_best_round_is_kept_and_a_stalled_run_ends_also_when_it_is_resumed(
+    table: Path, memory: Path, monkeypatch: pytest.MonkeyPatch, killed_in: int | None
+) -> None:
+    """The figures of the rounds are .6, .8, .7, .75: with a patience of two the fourth ends nothing that was begun."""
+    settings = whole(
+        table,
+        *("privacy.noise_multiplier=5.0", "privacy.target_epsilon=100", "rounds=6"),
+        *("evaluation.patience=2", 'evaluation.keep="best"'),
+    )
+    scores = {0: 0.6, 1: 0.8, 2: 0.7, 3: 0.75}
+    models: dict[int, Tensor] = {}
+    original = Federation._figures
+
+    def figures(self: Federation, plan: wire.RoundPlan, tally: Any) -> Released:
+        measured = original(self, plan, tally)
+        assert measured is not None
+        models[plan.round] = self.state["theta"].clone()
+        if plan.round == killed_in and not dead:
+            dead.append(True)
+            raise Killed
+        return Released(scores[plan.round], 0.01)
+
+    dead: list[bool] = []
+    monkeypatch.setattr(Federation, "_figures", figures)
+    out = memory / "run"
+    if killed_in is None:
+        finished = privfed.run(settings, out=out)
+    else:
+        with pytest.raises(Killed):
+            privfed.run(settings, out=out)
+        finished = privfed.api.resume(out)
+    assert [report.round for report in finished.reports] == [0, 1, 2, 3]
+    assert finished.summary.stopped_early and finished.summary.complete
+    assert torch.equal(finished.theta, models[1])
+    assert len(models) == 4 and not torch.equal(models[1], models[3])
+    # and once it has ended, it has
+    again = privfed.api.resume(out)
+    assert torch.equal(again.theta, models[1]) and again.summary == finished.summary
+
+
+def test_two_runs_on_one_ledger_add_up_and_the_second_stops_at_the_budget(table: Path, memory: Path) -> None:
+    settings = whole(table, "privacy.target_epsilon=3.0", "policy.max_epsilon=3.2")
+    first = privfed.run(settings, out=memory / "one").summary
+    second = privfed.run(settings, out=memory / "two", ledger=memory / "one" / "ledger.db").summary
+    assert first.complete and not second.complete
+    assert first.privacy.epsilon.max is not None and second.privacy.epsilon.max is not None
+    assert first.privacy.epsilon.max < second.privacy.epsilon.max <= 3.2 * (1 + 1e-6)
+    assert any("max_epsilon" in reason for reason in second.refusals.values())
+
+
+def test_public_sites_are_sites_of_the_run(table: Path) -> None:
+    settings = whole(
+        table, "privacy.target_epsilon=3.0", 'evaluation.release="public-cohort"', 'evaluation.public_sites=["x"]'
+    )
+    with pytest.raises(ConfigError, match="public_sites: no site 'x'; sites are a, b, c, d"):
+        privfed.api.prepare(settings)

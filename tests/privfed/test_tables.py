@@ -371,3 +371,58 @@ def test_category_values_that_are_one_number_are_refused() -> None:
 def test_site_data_shows_no_record_in_its_repr(tmp_path: Path) -> None:
     data: SiteData = load(tmp_path, GOOD.replace("M", SECRET)).sites["A"]
     assert "tensor" not in repr(data) and SECRET not in repr(data)
+
+
+# Patients
+
+
+PEOPLE = "person,hospital,age,sex,out\n" + "".join(
+    f"p{i // 4},{'AB'[i % 2]},{20 + i},M,{i // 3 % 2}\n" for i in range(40)
+)
+
+
+def test_records_of_one_patient_are_told_by_their_column(tmp_path: Path) -> None:
+    sites = load(tmp_path, PEOPLE, patient="person")
+    own = sites.sites["A"]
+    assert own.patients is not None
+    numbers = np.unique(own.patients, return_inverse=True)[1]
+    assert len(own) == 20 and len(np.unique(numbers)) == 10
+    assert all(numbers[i] == numbers[i + 1] for i in range(0, 20, 2))  # p0 has rows 0 and 2 at A
+    # a person at two hospitals is two patients: each site protects its own
+    other = sites.sites["B"].patients
+    assert other is not None and not set(own.patients.tolist()) & set(other.tolist())
+    assert load(tmp_path, PEOPLE).sites["A"].patients is None
+
+
+def test_a_patients_records_stay_together_in_the_split(tmp_path: Path) -> None:
+    own = load(tmp_path, PEOPLE, patient="person").sites["A"]
+    where = keyed_fraction(own.units, key=public_split_key(0), label="test")
+    assert own.patients is not None
+    for patient in np.unique(own.patients):
+        assert len(np.unique(where[own.patients == patient])) == 1
+    assert len(np.unique(where)) == 10
+
+
+def test_a_patients_id_has_one_spelling(tmp_path: Path) -> None:
+    """Exports write one number as 7, 07 and 7.0; taken for three patients, each third would be protected alone."""
+    text = "person,hospital,age,sex,out\n7,A,30,M,0\n07,A,31,M,1\n 7.0 ,A,32,F,0\n8,A,33,F,1\n"
+    patients = load(tmp_path, text, patient="person").sites["A"].patients
+    assert patients is not None
+    assert len(np.unique(patients[:3])) == 1 and patients[3] != patients[0]
+
+
+def test_a_patients_id_must_be_there(tmp_path: Path) -> None:
+    text = f"person,hospital,age,sex,out\n{SECRET},A,30,M,0\n,A,31,M,1\n"
+    assert "row 2 have no id: fill them, or leave data.patient away" in told(tmp_path, text, patient="person")
+    assert "person" in told(tmp_path, GOOD, patient="person")  # no such column
+
+
+def test_a_patients_id_is_no_input(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="it is the patient's id"):
+        load(tmp_path, PEOPLE, patient="age")
+
+
+def test_a_patients_id_may_be_the_records_id(tmp_path: Path) -> None:
+    text = "key,hospital,age,sex,out\n" + "".join(f"k{i},A,{20 + i},M,{i % 2}\n" for i in range(6))
+    patients = load(tmp_path, text, id="key", patient="key").sites["A"].patients
+    assert patients is not None and len(np.unique(patients)) == 6
