@@ -78,6 +78,7 @@ def prepare(config: Config, *, facts: RunFacts | None = None) -> Preparation:
         DataError: the records can not be read.
     """
     config_io.check(config)
+    config_io.check_used(config)
     check_selection(config)
     reason = config.method.guarantee(config.privacy.unit, config.privacy.noise)
     if reason is not None:

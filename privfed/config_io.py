@@ -1,6 +1,7 @@
 """Configurations from TOML and back: strict in, commented out."""
 
 import difflib
+import json
 import re
 import tomllib
 import types
@@ -10,6 +11,8 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 import tomlkit
+
+from privfed.privacy.events import NoiseSite, PrivacyUnit
 
 from .config import Config
 from .errors import ConfigError
@@ -56,6 +59,47 @@ def check(config: Config) -> None:
         ConfigError: as `load_config` does.
     """
     decode(msgspec.to_builtins(config))
+
+
+def check_used(config: Config) -> None:
+    """Return if no setting that changes a promise is given where nothing reads it.
+
+    Raises:
+        ConfigError: the setting would do nothing, and whoever set it believes that it does.
+    """
+    privacy, evaluation = config.privacy, config.evaluation
+    beside = evaluation.release == "private" or privacy.standardise_epsilon is not None
+    by_record = privacy.unit is PrivacyUnit.PATIENT and privacy.sampling == "record"
+    idle = (
+        (
+            "privacy.colluders",
+            privacy.colluders is not None and privacy.noise is not NoiseSite.DISTRIBUTED and not beside,
+            "noise in shares: privacy.noise = 'distributed' or evaluation.release = 'private'",
+        ),
+        (
+            "privacy.sampling = 'record'",
+            privacy.sampling == "record" and privacy.unit is not PrivacyUnit.PATIENT,
+            "privacy.unit = 'patient'",
+        ),
+        (
+            "privacy.max_records",
+            privacy.max_records is not None and not by_record,
+            "privacy.unit = 'patient' with privacy.sampling = 'record'",
+        ),
+        (
+            "evaluation.target_epsilon",
+            evaluation.target_epsilon is not None and evaluation.release != "private",
+            "evaluation.release = 'private'",
+        ),
+        (
+            "evaluation.public_sites",
+            bool(evaluation.public_sites) and evaluation.release != "public-cohort",
+            "evaluation.release = 'public-cohort'",
+        ),
+    )
+    for key, unread, needed in idle:
+        if unread:
+            raise ConfigError(f"{key} does nothing in this run: it belongs to {needed}. Leave it away, or set that too")
 
 
 def to_toml(config: Config) -> str:
@@ -168,6 +212,8 @@ def _explain(message: str, table: dict[str, Any]) -> str:
         near = difflib.get_close_matches(str(value), choices, n=1)
         remedy = f"; did you mean {near[0]!r}?" if near else ""
         return f"{key} = {value!r}: it must be one of {', '.join(map(repr, choices))}{remedy}"
+    if reason.startswith("Expected `array`") and isinstance(value, str):
+        return f"{key} = {value!r}: it must be a list; write {key} = [{json.dumps(value)}]"
     description = _description(hint)
     meaning = f" ({description})" if description else ""
     shown = f"{key} = {value!r}" if len(repr(value)) <= 80 else key  # a whole section says nothing

@@ -63,7 +63,7 @@ def check_units(config: Config, data: SiteData) -> None:
     if config.privacy.unit is PrivacyUnit.PATIENT and data.patients is None:
         raise ConfigError(
             "privacy.unit = 'patient' needs to know whose each record is: set data.patient to the column with the "
-            "patient's id, or use privacy.unit = 'record'"
+            "patient's id (of a table of your own), or use privacy.unit = 'record'"
         )
 
 

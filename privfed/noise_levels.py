@@ -82,6 +82,14 @@ def noise_levels(config: Config, cohort: Cohort, schema: Schema, accountant: Acc
 
     if privacy.noise_multiplier is not None:
         return privacy.noise_multiplier, levels
+    spent = accountant.epsilon(beside, privacy.delta).value if beside else 0.0
+    if spent > privacy.target_epsilon:
+        parts = ("privacy.standardise_epsilon", levels.inputs), ("evaluation.target_epsilon", levels.figures)
+        raise ConfigError(
+            f"privacy.target_epsilon = {privacy.target_epsilon:g} is the budget of the whole run, and what is released "
+            f"beside the updates costs {spent:.3g}: lower {' or '.join(key for key, level in parts if level)}, or "
+            "raise the target"
+        )
     return least("privacy.target_epsilon", privacy.target_epsilon, plan), levels
 
 

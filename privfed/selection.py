@@ -21,7 +21,9 @@ def check_selection(config: Config) -> None:
     """
     evaluation = config.evaluation
     if evaluation.release == "public-cohort" and not evaluation.public_sites:
-        raise ConfigError("evaluation.release = 'public-cohort' needs evaluation.public_sites")
+        raise ConfigError(
+            "evaluation.release = 'public-cohort' needs evaluation.public_sites: the sites with public records"
+        )
     if evaluation.patience is None and evaluation.keep == "last":
         return
     if evaluation.release == "internal" and config.privacy.unit is not PrivacyUnit.NONE:

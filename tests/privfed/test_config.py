@@ -140,6 +140,26 @@ def test_an_override_that_can_not_be_is_refused(override: str, told: str) -> Non
         config_io.load_config(None, [override])
 
 
+@pytest.mark.parametrize(
+    ("override", "belongs"),
+    [
+        ("privacy.colluders=1", "noise in shares"),
+        ("privacy.sampling=record", "privacy.unit = 'patient'"),
+        ("privacy.max_records=3", "privacy.sampling = 'record'"),
+        ("evaluation.target_epsilon=1", "evaluation.release = 'private'"),
+        ("evaluation.public_sites=['hospital-1']", "evaluation.release = 'public-cohort'"),
+    ],
+)
+def test_a_promise_that_nothing_reads_is_refused(override: str, belongs: str) -> None:
+    with pytest.raises(ConfigError, match=f"does nothing in this run: it belongs to .*{belongs}"):
+        config_io.check_used(config_io.load_config(None, [override]))
+
+
+def test_a_word_where_a_list_belongs_is_told_how_to_write_it() -> None:
+    with pytest.raises(ConfigError, match=r'it must be a list; write evaluation.public_sites = \["north"\]'):
+        config_io.load_config(None, ["evaluation.public_sites=north"])
+
+
 def test_an_override_below_a_value_is_refused() -> None:
     with pytest.raises(ConfigError, match="rounds is a value, not a section"):
         config_io.load_config(None, ["rounds=3", "rounds.x=3"])
