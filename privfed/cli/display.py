@@ -14,7 +14,7 @@ from privfed.federation import RoundReport
 from privfed.figures import Released
 from privfed.noise_levels import evaluations, figures_target
 from privfed.privacy.events import NoiseSite, PrivacyUnit
-from privfed.summary import AdversarySummary, FigureSummary, Summary, sampling
+from privfed.summary import STATUS, AdversarySummary, FigureSummary, Summary, sampling
 from privfed.terms import claimed_colluders, shares_noise
 
 _VISIBLE_ROUNDS = 12
@@ -245,7 +245,8 @@ def _verdict(summary: Summary) -> str:
     privacy, hurt = summary.privacy, summary.utility.fraction_hurt
     lines = [_about_figures(summary)]
     if hurt is not None:
-        lines.append(f"{hurt:.0%} of sites have a personalized model worse than their own local-only one")
+        some = "public sites" if summary.utility.status == STATUS["public-cohort"] else "sites"
+        lines.append(f"{hurt:.0%} of {some} have a personalized model worse than their own local-only one")
     if privacy.epsilon.max is not None:
         void = " VOID: the noise seed is known" if privacy.insecure_seed else ""
         lines.append(
