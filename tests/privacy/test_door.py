@@ -1,5 +1,6 @@
 """The data door: what it clips, what it noises, what it books, what it refuses."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -344,3 +345,73 @@ def test_nothing_of_the_records_shows_in_a_repr() -> None:
         assert "tensor" not in text
         assert not any(f"{value:.3f}"[:5] in text for value in data.inputs.flatten().tolist() if abs(value) > 1)
     assert not any(name in dir(batch) for name in ("rows", "__len__", "__dict__"))
+
+
+# Nobody's rounding is another record's business
+
+
+def _door_on(inputs: torch.Tensor, targets: torch.Tensor, model: torch.nn.Module) -> OpacusDoor:
+    constants = DoorSettings(
+        sample_rate=1.0, expected_batch_size=1.0, max_grad_norm=1.0, noise_multiplier=1.0, part_fractions={}
+    )
+    records = Records(inputs, targets, {ALL: torch.arange(len(targets))})
+    return OpacusDoor(
+        model=model,
+        loss=lambda outputs, labels: torch.nn.functional.cross_entropy(outputs, labels, reduction="none"),
+        records=records,
+        settings=constants,
+        randomness=np.random.default_rng(0),
+    )
+
+
+def _network(*widths: int) -> torch.nn.Sequential:
+    layers: list[torch.nn.Module] = []
+    for width_in, width_out in itertools.pairwise(widths):
+        layers += [torch.nn.Linear(width_in, width_out), torch.nn.ReLU()]
+    return torch.nn.Sequential(*layers[:-1])
+
+
+def test_a_model_whose_sums_cancel_does_not_let_one_record_move_the_others() -> None:
+    """Columns that are the same for everybody, weights that cancel on them but for 2⁻⁴⁵, and a ReLU behind: whether
+    its gradient flows was a matter of the order of a sum, and that of how many rows there are. It moved 2.9 C."""
+    rows, columns, gates = 40, 24, 32
+    randomness = np.random.default_rng(0)
+    model, inputs = _network(columns, gates, 2), torch.ones(rows, columns)
+    inputs[:, 0] = torch.from_numpy(randomness.normal(size=rows)).float()
+    weight = np.zeros((gates, columns))
+    for gate in range(gates):
+        large = randomness.integers(1, 2**13, size=(columns - 2) // 2)
+        cancelling = randomness.permutation(np.concatenate([large, -large]))
+        weight[gate, 1 : 1 + len(cancelling)] = cancelling
+        weight[gate, -1] = 2.0**-45 * randomness.choice([-1, 1])
+    first, last = model[0], model[2]
+    assert isinstance(first, torch.nn.Linear) and isinstance(last, torch.nn.Linear)
+    with torch.no_grad():
+        first.weight.copy_(torch.from_numpy(weight))
+        first.bias.copy_(torch.from_numpy(2.0**-45.5 * randomness.choice([-1, 1], gates)))
+        last.weight.normal_(0.0, 3.0, generator=torch.Generator().manual_seed(0))
+    door = _door_on(inputs, torch.zeros(rows, dtype=torch.int64), model)
+    sums = [door._sum_over(torch.arange(number)) for number in range(rows + 1)]
+    moved = [float((one - other).norm()) for other, one in itertools.pairwise(sums)]
+    assert max(moved) <= 1.0
+    assert min(moved) > 0.5  # the gradients are there
+
+
+@pytest.mark.parametrize("widths", [(3, 2), (13, 3), (30, 7, 2), (101, 33, 10), (7, 5, 5, 5, 3), (64, 64, 32, 2)])
+def test_a_records_gradient_has_the_same_bits_in_any_company(widths: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(sum(widths))
+    inputs = torch.randn(200, widths[0], generator=generator)
+    targets = torch.randint(0, widths[-1], (200,), generator=generator)
+    door = _door_on(inputs, targets, _network(*widths))
+    for parameter in door._parameters:  # of many magnitudes, so that every order of a sum rounds another way
+        sizes = torch.exp(3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        parameter.data.copy_(sizes * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+
+    def gradients(rows: torch.Tensor) -> list[torch.Tensor]:
+        door._backward(inputs[rows], targets[rows])
+        return [parameter.grad_sample.clone() for parameter in door._parameters]
+
+    everybody = gradients(torch.arange(200))
+    for rows in (torch.arange(200).roll(5), torch.arange(1, 200), torch.arange(3, 4), torch.arange(0, 200, 7)):
+        for whole, some in zip(everybody, gradients(rows), strict=True):
+            assert torch.equal(whole[rows], some)
