@@ -9,12 +9,13 @@ from privfed.privacy.accountant import Accountant
 from privfed.privacy.calibration import noise_multiplier_for
 from privfed.privacy.errors import NoGuarantee
 from privfed.privacy.events import Charge, PrivacyUnit
+from privfed.privacy.oracle.door import ALL
 
 from . import wire
 from .cohort import Cohort
 from .config import Config, SideNoise
 from .errors import ConfigError
-from .terms import Schema, count_sum, counts_of, encoding_of, parameter_count, planned_charges, side_charge
+from .terms import Schema, count_sum, counts_of, encoding_of, parameter_count, planned_charges, side_charge, whole_group
 
 _FAINTEST = 1e-3  # integers of variance 1, which may cost less than a generous target
 _CLIENT_SHARE = 0.2  # of the target for figures that can not be paid beside the updates
@@ -76,9 +77,12 @@ def noise_levels(config: Config, cohort: Cohort, schema: Schema, accountant: Acc
         *(side_charges("inputs", levels.inputs) if levels.inputs else ()),
     )
 
+    # What is about the test records alone never meets the training: the larger of the two counts, and not here
+    with_training = tuple(charge for charge in beside if charge.group in (ALL, whole_group(config)))
+
     def plan(noise_multiplier: float) -> tuple[Charge, ...]:
         encoding = encoding_of(config, cohort, size, noise_multiplier)
-        return (*planned_charges(config, encoding, noise_multiplier, config.rounds), *beside)
+        return (*planned_charges(config, encoding, noise_multiplier, config.rounds), *with_training)
 
     if privacy.noise_multiplier is not None:
         return privacy.noise_multiplier, levels

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from . import accountant, data, predict, report, run
+from . import accountant, data, predict, report, run, study
 from .exits import BAD_USAGE, FAILED, exit_code
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("run")(run.command)
+app.command("study")(study.command)
 app.command("report")(report.command)
 app.command("predict")(predict.command)
 app.add_typer(accountant.app, name="accountant")
