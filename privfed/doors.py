@@ -4,11 +4,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from privfed.privacy import noise
 from privfed.privacy.events import PrivacyUnit
-from privfed.privacy.oracle.door import ALL, Door, DoorSettings, Records
+from privfed.privacy.oracle.door import ALL, Door, DoorSettings, Loss, Records
 from privfed.privacy.oracle.opacus import OpacusDoor
 from privfed.privacy.oracle.patients import PatientDoor
 from privfed.privacy.oracle.plain import PlainDoor
@@ -67,18 +67,28 @@ def check_units(config: Config, data: SiteData) -> None:
         )
 
 
-def private_door(config: Config, schema: Schema, records: Split, *, noise_multiplier: float, key: bytes) -> OpacusDoor:
+def private_door(
+    config: Config,
+    schema: Schema,
+    records: Split,
+    *,
+    noise_multiplier: float,
+    key: bytes,
+    network: tuple[nn.Module, Loss] | None = None,
+) -> OpacusDoor:
     """The door of noise that each site adds for itself.
 
     Args:
         key: bytes[32], secret: draws and noise come from it.
+        network: instead of the run's own model and loss; for audits, whose canaries choose their gradients.
 
     Raises:
         ConfigError: the claim is about patients, and the records name none.
     """
     check_units(config, records.train)
     privacy = config.privacy
-    model, drawn = build_model(config, schema), noise.generator(key)
+    model, loss = network or (build_model(config, schema), classification_loss)
+    drawn = noise.generator(key)
     settings = DoorSettings(
         sample_rate=privacy.rate,
         expected_batch_size=privacy.expected_batch_size,
@@ -89,7 +99,7 @@ def private_door(config: Config, schema: Schema, records: Split, *, noise_multip
     if privacy.unit is not PrivacyUnit.PATIENT:
         return OpacusDoor(
             model=model,
-            loss=classification_loss,
+            loss=loss,
             records=_records(config, records),
             settings=settings,
             randomness=drawn,
@@ -97,7 +107,7 @@ def private_door(config: Config, schema: Schema, records: Split, *, noise_multip
     assert records.train.patients is not None  # checked above
     return PatientDoor(
         model=model,
-        loss=classification_loss,
+        loss=loss,
         records=_records(config, records),
         settings=settings,
         randomness=drawn,

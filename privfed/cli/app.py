@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from . import accountant, data, predict, report, run, study
+from . import accountant, audit, data, predict, report, run, study
 from .exits import BAD_USAGE, FAILED, exit_code
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app.command("run")(run.command)
 app.command("study")(study.command)
 app.command("report")(report.command)
 app.command("predict")(predict.command)
+app.command("audit")(audit.command)
 app.add_typer(accountant.app, name="accountant")
 app.add_typer(data.app, name="data")
 

@@ -1,0 +1,278 @@
+"""Level 3 on a run: one whole federated run, sites, rounds and aggregation, with canaries among the records."""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from privfed.crypto.aggregation import AggregationResult
+from privfed.crypto.packing import decode as to_signed
+from privfed.crypto.packing import unpack
+from privfed.crypto.plain import Submission
+from privfed.crypto.wire import decode as decode_message
+from privfed.privacy.audit import one_run
+from privfed.privacy.audit.curves import curve_of
+from privfed.privacy.audit.result import Audit
+from privfed.privacy.events import Charge, NoiseSite, PrivacyUnit, Skellam
+from privfed.privacy.oracle.door import ALL, group
+
+from .. import doors, wire
+from ..cohort import cohort_of
+from ..config import Aggregation, Config, Evaluation, Model
+from ..data.records import SiteData, Sites, keyed_fraction, public_split_key
+from ..doors import Split
+from ..engines.local import Engine
+from ..errors import ConfigError
+from ..federation import Federation
+from ..parameters import decode as decode_state
+from ..parameters import to_vector
+from ..simulation.consortium import open_consortium
+from ..terms import (
+    Schema,
+    Update,
+    build_model,
+    claimed_colluders,
+    encoding_of,
+    parameter_count,
+    plan_encoding,
+    planned_charges,
+    session_of,
+    split_id,
+    whole_group,
+)
+from .canaries import everyone_drawn
+from .target import Target
+
+_Floats = NDArray[np.float64]
+
+CANARIES = 1000
+_OTHERS = 4  # records of every site besides
+_LOUD = 4.0  # a canary's gradient at the start over the clip: the more, the sooner its loss saturates
+
+
+def audit_run(target: Target, *, canaries: int | None, seed: int, progress: Callable[[int, int], None]) -> Audit:
+    """Whether one simulated run of all sites and rounds tells more of its records than is claimed.
+
+    The run's method, rounds, sampling, clip, noise and sites, on a made-up table with one input for each canary and
+    logistic regression, so that canaries are orthogonal in what they ask of the model. Each stands in the first site or
+    not by its own coin. The auditor sees, under noise of each site's own, what that site uploads (plain aggregation in
+    the simulation); under noise in shares, the sum that the server sees. The claim is what the simulated ledger books.
+
+    Raises:
+        ConfigError: there is no claim, or it is about whole sites, of which there are too few for one run.
+    """
+    target.require_claim(3)
+    if target.config.privacy.unit is PrivacyUnit.CLIENT:
+        raise ConfigError(
+            "level 3 needs many units in one run, and with privacy.unit = 'client' the units are the sites themselves: "
+            "use --level 1"
+        )
+    number = canaries or CANARIES
+    config, schema = _simulated(target, seed), Schema(features=number, classes=2)
+    cast = _Cast(config, schema, number, seed)
+    charges = _charges(target, config, schema, cast.part)
+    local = config.privacy.noise is NoiseSite.LOCAL
+    return one_run.audit(
+        _scores_of_a_run(target, config, schema, cast, progress),
+        name=f"one run of {config.rounds} rounds and {len(target.ready.data.sites)} sites",
+        number=number,
+        claimed_epsilon=target.cost(charges),
+        delta=config.privacy.delta,
+        seed=seed,
+        curve=curve_of(charges),
+        note=f"{number} canaries with orthogonal inputs in one site; logistic regression on {number} made-up inputs, "
+        f"the run's own method, rounds, sampling, clip and noise. The auditor sees "
+        f"{'what that site uploads' if local else 'the sum that the server sees, as the server alone'}",
+    )
+
+
+class _Cast:
+    """The canaries: records float32[m, m], labels, ids that are for training, and where each shows."""
+
+    def __init__(self, config: Config, schema: Schema, number: int, seed: int) -> None:
+        random = np.random.default_rng([seed, number, 2])
+        # At the zero model a record's gradient is (±½, ∓½) ⊗ (x, 1): its norm is ‖(x, 1)‖ / √2
+        length = _LOUD * config.privacy.max_grad_norm * 2**0.5
+        self.inputs = torch.from_numpy(one_run.canaries(number, number, norm=length, randomness=random)).float()
+        self.targets = torch.from_numpy(random.integers(0, 2, number))
+        self.part, self.sign = _shows(config, schema, self.inputs[:1])
+        self.ids = training_ids(config, number + _OTHERS, self.part, random)
+
+    def site(self, included: NDArray[np.bool_]) -> SiteData:
+        """The site's table: others, and the canaries whose coin fell so."""
+        rows = torch.from_numpy(np.flatnonzero(included))
+        inputs = torch.cat([torch.zeros(_OTHERS, self.inputs.shape[1]), self.inputs[rows]])
+        targets = torch.cat([torch.arange(_OTHERS) % 2, self.targets[rows]])
+        ids = np.concatenate([self.ids[:_OTHERS], self.ids[_OTHERS:][included]])
+        return SiteData(ids, inputs, targets, ids)
+
+    def scores(self, releases: _Floats) -> _Floats:
+        """float64[m]: how far the sum of releases float64[T, P] lies in each canary's direction."""
+        weights = releases.sum(axis=0)[: 2 * self.inputs.shape[1]].reshape(2, -1)
+        along = self.inputs.numpy().astype(np.float64) @ (weights[1] - weights[0])
+        labels = 1.0 - 2.0 * self.targets.numpy()
+        return np.asarray(self.sign * labels * along)
+
+
+def training_ids(config: Config, number: int, part: str, random: np.random.Generator) -> NDArray[np.uint64]:
+    """uint64[number]: ids of records that the public split puts among the training records, in ``part``."""
+    key = public_split_key(config.seed)
+    found: list[NDArray[np.uint64]] = []
+    while sum(map(len, found)) < number:
+        ids = random.integers(0, 2**63, 4 * number).astype(np.uint64)
+        data = SiteData(ids, torch.zeros(len(ids), 1), torch.zeros(len(ids), dtype=torch.int64))
+        ids = ids[keyed_fraction(ids, key=key, label="test") >= config.evaluation.test_fraction]
+        rows = doors.split(config, data, key).parts[part]
+        found.append(ids[rows.numpy()])
+    return np.concatenate(found)[:number]
+
+
+def _shows(config: Config, schema: Schema, canary: torch.Tensor) -> tuple[str, float]:
+    """The part in which a canary of label 0 shows in the site's update, and in which direction."""
+    state = config.method.init_server(to_vector(build_model(config, schema)))
+    record = SiteData(np.zeros(1, np.uint64), canary, torch.zeros(1, dtype=torch.int64))
+    for part in config.method.parts or {ALL: 1.0}:
+        nobody, somebody = torch.arange(0), torch.arange(1)
+        rows = {name: somebody if name in (part, ALL) else nobody for name in (ALL, *config.method.parts)}
+        records = Split(record, record.rows(np.zeros(1, dtype=bool)), rows)
+        update = config.method.contribute(state, doors.exact_door(everyone_drawn(config), schema, records, bytes(32)))[
+            0
+        ]
+        weights = update[: 2 * canary.shape[1]].reshape(2, -1)
+        along = float((weights[1] - weights[0]) @ canary[0])
+        if along != 0:  # exact gradients: a part that does not show gives 0
+            return part, float(np.sign(along))
+    raise ConfigError(f"no canary shows in what method {type(config.method).__name__} sends: it can not be audited")
+
+
+def _simulated(target: Target, seed: int) -> Config:
+    """The run as it is simulated: its mechanism, on another table, with reproducible noise and without figures."""
+    config, privacy = target.config, target.config.privacy
+    method = config.method
+    if "personal_steps" in method.__struct_fields__:  # nobody looks at the personal models
+        method = msgspec.structs.replace(method, personal_steps=1)
+    colluders = None
+    aggregation = config.aggregation
+    if privacy.noise is NoiseSite.LOCAL:
+        aggregation = Aggregation(kind="plain", fraction_bits=aggregation.fraction_bits, limit=aggregation.limit)
+    else:
+        colluders = claimed_colluders(config, target.cohort)
+        if aggregation.kind == "homomorphic":  # the same sum, sooner
+            aggregation = Aggregation(minimum_cohort=aggregation.minimum_cohort)
+    return Config(
+        name="audit",
+        rounds=config.rounds,
+        seed=config.seed,
+        model=Model(),
+        method=method,
+        privacy=msgspec.structs.replace(
+            privacy,
+            noise_multiplier=target.noise_multiplier,
+            target_epsilon=float("inf"),
+            colluders=colluders,
+            standardise_epsilon=None,
+            insecure_seed=seed,
+        ),
+        aggregation=aggregation,
+        evaluation=Evaluation(every=config.rounds, local_steps=1, test_fraction=config.evaluation.test_fraction),
+    )
+
+
+def _charges(target: Target, config: Config, schema: Schema, part: str) -> tuple[Charge, ...]:
+    """What the simulated run costs a canary, against the server alone and with every site in each sum."""
+    sites = len(target.ready.data.sites)
+    encoding = encoding_of(config, cohort_of(config, sites), parameter_count(config, schema), target.noise_multiplier)
+    planned = planned_charges(config, encoding, target.noise_multiplier, config.rounds)
+    touched = {whole_group(config), group(split_id(config), part, whole_group(config))}
+    return tuple(
+        msgspec.structs.replace(charge, event=msgspec.structs.replace(charge.event, shares=sites, colluders=0))
+        if isinstance(charge.event, Skellam)
+        else charge
+        for charge in planned
+        if charge.group in touched
+    )
+
+
+def _scores_of_a_run(
+    target: Target, config: Config, schema: Schema, cast: _Cast, progress: Callable[[int, int], None]
+) -> one_run.Run:
+    """The simulation, as the audit asks for it."""
+    names = list(target.ready.data.sites)
+
+    def run(included: NDArray[np.bool_]) -> _Floats:
+        nobody = np.zeros(len(included), dtype=bool)
+        sites = {name: cast.site(nobody if number else included) for number, name in enumerate(names)}
+        data = Sites(sites, inputs=(), classes=("0", "1"), simulated=True, description="canaries")
+        with (
+            tempfile.TemporaryDirectory(prefix="privfed-audit-") as folder,
+            open_consortium(
+                config,
+                data,
+                schema,
+                ledger=Path(folder) / "ledger.db",
+                journal=Path(folder) / "journal.db",
+                accountant=target.ready.accountant,
+            ) as consortium,
+        ):
+            tap = _Tap(consortium.engine, names[0])
+            federation = _Federation(
+                config=config,
+                run="audit",
+                roster=consortium.roster,
+                engine=tap,
+                noise_multiplier=target.noise_multiplier,
+                state=config.method.init_server(to_vector(build_model(config, schema))),
+                schema=schema,
+                server_key=bytes(32),
+            )
+            for report in federation.rounds():
+                if report.aborted is not None or names[0] not in report.contributed:
+                    reason = report.aborted or next(iter(report.refused.values()), "a site is missing")
+                    raise ConfigError(f"the simulated run released nothing in round {report.round + 1}: {reason}")
+                progress(report.round + 1, config.rounds)
+        return cast.scores(np.stack(tap.uploads if config.aggregation.kind == "plain" else federation.sums))
+
+    return run
+
+
+class _Federation(Federation):
+    """A coordinator that keeps the sums it is given, up to a constant factor."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.sums: list[_Floats] = []
+
+    def _serve(self, result: AggregationResult, encoding: Update, number: int) -> None:
+        self.sums.append(encoding.decode(result.total, summands=len(result.contributors)))
+        super()._serve(result, encoding, number)
+
+
+class _Tap:
+    """An engine between the coordinator and the sites that reads what one of them uploads in the clear."""
+
+    def __init__(self, engine: Engine, site: str) -> None:
+        self._engine, self._site = engine, site
+        self.uploads: list[_Floats] = []
+
+    def exchange(self, requests: Mapping[str, bytes], deadline_seconds: float) -> Mapping[str, bytes]:
+        replies = self._engine.exchange(requests, deadline_seconds)
+        request = wire.decode_request(requests[self._site]) if self._site in requests else None
+        if isinstance(request, wire.Begin) and self._site in replies:
+            plan, reply = wire.decode_plan(request.plan), wire.decode_reply(replies[self._site])
+            if plan.config.aggregation.kind == "plain" and isinstance(reply, wire.Answer):
+                self.uploads.append(_submitted(plan, request, reply))
+        return replies
+
+
+def _submitted(plan: wire.RoundPlan, request: wire.Begin, reply: wire.Answer) -> _Floats:
+    """float64[P]: a site's upload of a plain round."""
+    encoding = plan_encoding(plan, len(decode_state(request.state)["theta"]))
+    session = session_of(plan, wire.context(request.plan, request.state), encoding)
+    submission = decode_message(reply.payload, Submission, most=len(reply.payload))
+    words = unpack(submission.vector, dim=session.dim, bits=session.bits)
+    return encoding.decode(to_signed(words, session.bits), summands=1)

@@ -1,0 +1,290 @@
+"""`privfed audit`: broken code is called a violation by the run's own audits, and sound code is not."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from privfed import api, auditing, config_io, contribution, folder, keyring
+from privfed.cli import app
+from privfed.config import Aggregation, Config, Evaluation, Privacy
+from privfed.data.sources import BreastCancer
+from privfed.errors import ConfigError, RunFolderError
+from privfed.methods import FedAvg, FedSGD, Fomaml, Local, Reptile
+from privfed.privacy import noise, skellam
+from privfed.privacy.audit.result import Audit
+from privfed.privacy.events import NoiseSite, PrivacyUnit
+from privfed.privacy.oracle import opacus
+from tests.privfed.house import changed
+
+LOCAL = Privacy(noise_multiplier=1.2, target_epsilon=50.0, sample_rate=1.0, expected_batch_size=10.0)
+SHARED = Privacy(
+    noise=NoiseSite.DISTRIBUTED, noise_multiplier=1.2, target_epsilon=50.0, expected_batch_size=10.0, colluders=1
+)
+CLIENT = msgspec.structs.replace(SHARED, unit=PrivacyUnit.CLIENT)
+
+
+def config(**changes: Any) -> Config:
+    fields: dict[str, Any] = {
+        "name": "audited",
+        "rounds": 2,
+        "data": BreastCancer(sites=4),
+        "method": FedAvg(local_steps=1, lr=0.5, personal_steps=2),
+        "privacy": LOCAL,
+        "evaluation": Evaluation(local_steps=1),
+    }
+    return Config(**{**fields, **changes})
+
+
+def attacked(settings: Config, level: int, trials: int | None = None, seed: int = 1) -> Audit:
+    target = auditing.Target(api.prepare(settings))
+    (found,) = auditing.audit(target, levels=[level], trials=trials, seed=seed).audits
+    assert found.level == level and found.seeds == (seed,)
+    return found
+
+
+KINDS = {
+    "local": config(),
+    "sampled": config(
+        method=Reptile(inner_steps=2, inner_lr=0.5),
+        privacy=msgspec.structs.replace(LOCAL, sample_rate=0.5, noise_multiplier=0.7),
+    ),
+    "fomaml": config(method=Fomaml(outer_lr=1.0)),
+    "shared": config(privacy=SHARED, method=FedSGD()),
+    "client": config(privacy=CLIENT),
+    "central": config(privacy=msgspec.structs.replace(CLIENT, noise=NoiseSite.CENTRAL, colluders=None)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sound_mechanisms_pass_levels_1_and_2(kind: str) -> None:
+    first, second = attacked(KINDS[kind], 1, trials=120), attacked(KINDS[kind], 2)
+    assert first.verdict in ("supported", "inconclusive")
+    assert 0 < first.epsilon_lower < (first.claimed_epsilon or 0.0)  # the canary shows, and not too much
+    assert second.verdict in ("supported", "inconclusive")
+    assert second.note.startswith("5 checks passed")
+
+
+def test_a_sound_mechanism_is_supported_with_enough_releases() -> None:
+    found = attacked(KINDS["local"], 1, trials=300)
+    assert found.verdict == "supported"
+    assert found.power is not None and found.power >= 0.95
+
+
+def weak_release(divisor: float) -> Callable[..., Tensor]:
+    def release(clipped_sum: Tensor, *, noise_multiplier: float, **others: Any) -> Tensor:
+        return noise.release(clipped_sum, noise_multiplier=noise_multiplier / divisor, **others)
+
+    return release
+
+
+def test_a_third_of_the_noise_is_a_violation_at_every_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opacus, "release", weak_release(3.0))
+    assert attacked(KINDS["local"], 1, trials=100).verdict == "violation"
+    second = attacked(KINDS["local"], 2)
+    assert second.verdict == "violation"
+    assert "0.1" in second.note and "times the variance booked" in second.note
+    third = attacked(KINDS["local"], 3, trials=400)
+    assert third.verdict == "violation"
+    assert third.epsilon_lower > (third.claimed_epsilon or 0.0)
+
+
+def test_weak_shares_are_a_violation(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = skellam.share
+    monkeypatch.setattr(skellam, "share", lambda key, dim, variance: whole(key, dim, variance) // 3)
+    assert attacked(KINDS["shared"], 1, trials=100).verdict == "violation"
+    assert attacked(KINDS["shared"], 2).verdict == "violation"
+    assert attacked(KINDS["client"], 1, trials=100).verdict == "violation"
+
+
+def test_a_missing_clip_is_a_violation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unclipped(door: Any, inputs: Tensor, targets: Tensor) -> Tensor:
+        door._backward(inputs, targets)
+        return torch.cat([parameter.grad_sample.sum(0).flatten() for parameter in door._parameters])
+
+    monkeypatch.setattr(opacus.OpacusDoor, "_clipped_sum", unclipped)
+    assert attacked(KINDS["local"], 1, trials=100).verdict == "violation"
+    found = attacked(KINDS["local"], 2)
+    assert found.verdict == "violation" and "clip: one unit moves the clipped sum by 10" in found.note
+
+
+def test_one_noise_for_all_sites_is_a_violation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = api.run(config(rounds=1), out=tmp_path / "run")
+    monkeypatch.setattr(keyring, "site_key", lambda key, site, purpose: noise.derive_key(key, purpose.encode()))
+    (found,) = auditing.audit(auditing.target_of(made.folder), levels=[2]).audits
+    assert found.verdict == "violation" and "a seed stands in two places" in found.note
+
+
+def test_noise_that_anyone_can_recompute_is_a_violation() -> None:
+    found = attacked(changed(KINDS["local"], "privacy", insecure_seed=3), 2)
+    assert found.verdict == "violation" and "anyone can recompute" in found.note
+
+
+def test_a_batch_that_is_used_again_does_not_get_past_the_meter(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Again(FedAvg, frozen=True, tag_field="name", tag="fedavg"):
+        """Declares two fresh draws, asks twice of one."""
+
+        def contribute(self, broadcast: Any, door: Any) -> Tensor:
+            theta, batch = broadcast["theta"].unsqueeze(0), door.draw()
+            return -self.lr * (door.gradient(theta, batch) + door.gradient(theta, batch))
+
+    target = auditing.Target(api.prepare(config(method=FedAvg(local_steps=2))))
+    ready = msgspec.structs.replace(target.config, method=Again(local_steps=2))
+    object.__setattr__(target.ready, "config", ready)
+    (found,) = auditing.audit(target, levels=[2]).audits
+    assert found.verdict == "violation" and "what is booked" in found.note and "not released" in found.note
+
+
+@pytest.mark.parametrize("kind", ["local", "shared", "fomaml"])
+def test_one_federated_run_shows_its_canaries_and_not_too_much(kind: str) -> None:
+    found = attacked(KINDS[kind], 3, trials=300)
+    assert found.verdict in ("supported", "inconclusive")
+    assert 0 < found.epsilon_lower < (found.claimed_epsilon or 0.0)
+    assert found.trials == 300
+
+
+def test_patients_are_audited_as_patients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several loud records of one patient count as one; a door that clips them one by one is found out."""
+    prepared = api.prepare(config())
+    settings = changed(prepared.config, "privacy", unit=PrivacyUnit.PATIENT)
+    object.__setattr__(prepared, "config", settings)
+    target = auditing.Target(prepared)
+    first, third = (
+        auditing.audit(target, levels=[1], trials=100).audits[0],
+        auditing.audit(target, levels=[3], trials=200),
+    )
+    assert first.verdict != "violation" and third.audits[0].verdict != "violation"
+    monkeypatch.setattr("privfed.privacy.oracle.patients.PatientDoor._sum_over", opacus.OpacusDoor._sum_over)
+    broken = auditing.audit(target, levels=[1, 2], trials=100).audits
+    assert [one.verdict for one in broken] == ["violation", "violation"]
+
+
+def test_the_audit_can_be_done_again_from_its_seed() -> None:
+    assert attacked(KINDS["local"], 3, trials=100) == attacked(KINDS["local"], 3, trials=100)
+    assert attacked(KINDS["shared"], 1, trials=50).figures == attacked(KINDS["shared"], 1, trials=50).figures
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return api.run(config(rounds=1), out=tmp_path_factory.mktemp("audit") / "run").folder
+
+
+def test_personal_models_are_attacked_and_nothing_is_claimed_of_them(made: Path) -> None:
+    found = auditing.audit(auditing.target_of(made), levels=[4], trials=8).audits
+    assert [one.name for one in found] == ["personal models, loss threshold", "personal models, LiRA"]
+    for one in found:
+        assert one.claimed_epsilon is None and one.verdict == "inconclusive"
+        assert 0.3 < one.figures["auc"] < 1.0
+        assert one.figures["tpr_low"] <= one.figures["tpr_at_1_percent_fpr"] <= one.figures["tpr_high"]
+        assert one.trials == 569
+
+
+def test_a_personal_model_that_remembers_is_seen_to(tmp_path: Path) -> None:
+    """Long training of a wide network on a few records, by the local method alone."""
+    settings = config(
+        rounds=2,
+        method=Local(steps=60, lr=1.0),
+        model=config_io.load_config(None, ["model.hidden=[32]"]).model,
+        privacy=Privacy(unit=PrivacyUnit.NONE),
+    )
+    folder_ = api.run(settings, out=tmp_path / "run").folder
+    target = auditing.target_of(folder_)
+    (loss, ratio) = auditing.audit(target, trials=8).audits  # level 4 is all that applies
+    assert ratio.figures["auc"] > 0.52 and loss.level == ratio.level == 4
+
+
+def test_results_stand_in_the_run_folder_for_the_owner_alone(made: Path) -> None:
+    target = auditing.target_of(made)
+    path = auditing.write(target, auditing.audit(target, levels=[2]))
+    assert path == made / "audit.json" and path.stat().st_mode & 0o777 == 0o600
+    auditing.write(target, auditing.audit(target, levels=[4], trials=8))
+    again = auditing.read(path)
+    assert [one.level for one in again.audits] == [2, 4, 4] and again.run == target.name
+    assert json.loads(path.read_text())["format"] == "privfed audit/1"
+    path.write_text("{")
+    with pytest.raises(RunFolderError, match="is damaged"):
+        auditing.write(target, auditing.audit(target, levels=[2]))
+    path.unlink()
+
+
+def test_nothing_secret_stands_in_a_result(made: Path) -> None:
+    target = auditing.target_of(made)
+    text = msgspec.json.encode(auditing.audit(target, levels=[2, 4], trials=8)).decode()
+    key = keyring.ledger_key(made / folder.LEDGER)
+    assert key.hex() not in text
+    for name in target.ready.data.sites:
+        assert keyring.site_key(key, name, "noise").hex() not in text
+    assert not any(
+        isinstance(value, list | np.ndarray) for one in json.loads(text)["audits"] for value in one["figures"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "says"),
+    [
+        (config(privacy=Privacy(unit=PrivacyUnit.NONE)), {"levels": [1]}, "privacy.unit = 'none' makes none"),
+        (config(privacy=Privacy(unit=PrivacyUnit.NONE)), {}, "claims nothing that could be audited"),
+        (config(method=Local(steps=1)), {"levels": [3]}, "sends nothing"),
+        (config(privacy=CLIENT), {"levels": [3]}, "use --level 1"),
+        (config(), {"levels": [4]}, "give the folder of one"),
+        (config(), {"levels": [7]}, "level must be one of 1, 2, 3 and 4"),
+        (config(), {"levels": [1], "trials": 3}, "trials must be at least 40"),
+        (config(), {"levels": [3], "trials": 3}, "at least 10"),
+    ],
+)
+def test_what_does_not_apply_is_refused_with_the_reason(settings: Config, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        auditing.audit(auditing.Target(api.prepare(settings)), **options)
+
+
+def test_the_method_is_refused_where_shares_would_not_cover_it() -> None:
+    with pytest.raises(ConfigError):
+        api.prepare(config(privacy=SHARED, method=FedAvg()))
+    assert contribution.contribute  # what level 2 asks once
+
+
+def command(*arguments: str) -> int:
+    return int(app.app([*map(str, arguments)], standalone_mode=False) or 0)
+
+
+def test_the_command_prints_writes_and_says_by_its_exit_code(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command("audit", str(made), "--level", "2", "--level", "4", "--trials", "8", "--json", "--seed", "5") == 0
+    said = capsys.readouterr()
+    assert [one["seeds"] for one in json.loads(said.out)["audits"]] == [[5]] * 3
+    assert "level 2, noise" in said.err and "audit.json" in said.err
+    monkeypatch.setattr(opacus, "release", weak_release(3.0))
+    assert command("audit", str(made), "--level", "2", "--out", str(tmp_path / "a.json")) == 4
+    said = capsys.readouterr()
+    assert "VIOLATION" in said.out and "4 of 5 checks passed" in said.out
+    assert auditing.read(tmp_path / "a.json").violated
+
+
+def test_wrong_input_to_the_command_is_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").write_text("")
+    for arguments, says in (
+        (["audit", str(tmp_path)], "is not a run's folder"),
+        (["audit", str(tmp_path / "none.toml")], "none.toml"),
+        (["audit", "--level", "4"], "finished run"),
+        (["audit", "--level", "9"], "'--level'"),
+        (["audit", "--out", str(tmp_path / "there")], "exists already"),
+    ):
+        monkeypatch.setattr("sys.argv", ["privfed", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            app.main()
+        assert ended.value.code == 2
+        assert says in capsys.readouterr().err
+
+
+def test_the_aggregation_may_be_encrypted() -> None:
+    settings = config(privacy=SHARED, method=FedSGD(), aggregation=Aggregation(kind="homomorphic"))
+    assert attacked(settings, 3, trials=100).verdict != "violation"
