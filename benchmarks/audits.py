@@ -120,7 +120,9 @@ def one_federated_run(report: Report, *, runs: int) -> None:
             statistics.median(one.figures["epsilon_lower_any_mechanism"] for one in found),
         )
         report.add(f"L3: power against noise ÷ 2, ε = {epsilon}", found[0].power or 0.0)
-    one_run._plan.cache_clear()
+    one_run._ideal.cache_clear()
+    one_run._ideal_correct.cache_clear()
+    one_run._guesses.cache_clear()
     report.add("L3: 20 releases and the audit", timed(lambda: level_3(8, 8, seed=0)))
 
 

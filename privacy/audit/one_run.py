@@ -17,6 +17,7 @@ Run = Callable[[NDArray[np.bool_]], _Floats]
 
 _GUESSED = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)  # shares of the canaries that may be guessed at
 LEAST_CANARIES = 10
+_SHOWN = tuple(1 - step / 20 for step in range(17))
 _SIMULATIONS = 200
 
 
@@ -73,7 +74,7 @@ def audit(
         raise ValueError(f"number must be at least {LEAST_CANARIES}, got {number}")
     claim = curve or GaussianCurve.of(claimed_epsilon, delta)
     alpha = 1 - confidence
-    guesses, power = _plan(claim, number, alpha)
+    guesses = _guesses(claim, number, alpha)
     included = np.random.default_rng([seed, number]).integers(0, 2, number).astype(bool)
     correct = _correct(run(included.copy()), included, guesses)
 
@@ -85,6 +86,7 @@ def audit(
     rejected = strength > 1 and lower > claimed_epsilon
     if not rejected:
         lower = min(lower, claimed_epsilon)
+    power, shown = _power(claim, number, guesses, correct, alpha)
     general = one_run_epsilon(delta, canaries=number, guesses=guesses, correct=correct, alpha=alpha)
     return Audit(
         level=3,
@@ -98,7 +100,13 @@ def audit(
         note=note,
         seeds=(seed,),
         power=power,
-        figures={"guesses": guesses, "correct": correct, "strength": strength, "epsilon_lower_any_mechanism": general},
+        figures={
+            "guesses": guesses,
+            "correct": correct,
+            "strength": strength,
+            "canaries_show": shown,
+            "epsilon_lower_any_mechanism": general,
+        },
     )
 
 
@@ -118,22 +126,43 @@ def _rejects(claim: Curve, strength: float, number: int, guesses: int, correct: 
 
 
 @lru_cache(maxsize=64)
-def _plan(claim: Curve, number: int, alpha: float) -> tuple[int, float]:
-    """How many guesses to make, and how often the claim is then rejected for an ideal run with half of the noise."""
+def _ideal(claim: Curve, strength: float, number: int) -> tuple[tuple[_Floats, NDArray[np.bool_]], ...]:
+    """Scores and coins of ideal runs."""
     randomness = np.random.default_rng([number, 1])
     drawn = [randomness.integers(0, 2, number).astype(bool) for _ in range(_SIMULATIONS)]
-    runs = [(claim.scores(2.0, included, randomness), included) for included in drawn]
+    return tuple((claim.scores(strength, included, randomness), included) for included in drawn)
+
+
+@lru_cache(maxsize=512)
+def _ideal_correct(claim: Curve, strength: float, number: int, guesses: int) -> NDArray[np.int64]:
+    return np.array([_correct(scores, included, guesses) for scores, included in _ideal(claim, strength, number)])
+
+
+@lru_cache(maxsize=64)
+def _guesses(claim: Curve, number: int, alpha: float) -> int:
+    """How many guesses to make: where half of the noise would stand out most from the claim."""
     plans = []
     for share in _GUESSED:
         guesses = 2 * max(1, int(number * share / 2))
-        least = _least_correct(claim, number, guesses, alpha)
-        correct = np.array([_correct(scores, included, guesses) for scores, included in runs])
-        margin = (correct.mean() - least) / (correct.std() + 0.5)
-        plans.append((margin, guesses, float((correct >= least).mean())))
-    _, guesses, power = max(plans)
-    return guesses, power
+        correct = _ideal_correct(claim, 2.0, number, guesses)
+        margin = correct.mean() - _least_correct(claim, number, guesses, alpha)
+        plans.append((margin / (correct.std() + 0.5), guesses))
+    return max(plans)[1]
 
 
+def _power(claim: Curve, number: int, guesses: int, correct: int, alpha: float) -> tuple[float, float]:
+    """How often half of the noise would have been caught, and how much the canaries showed of what ideal ones do.
+
+    Canaries that did not move the run as they should, because they disturb each other or because their loss saturates,
+    would not have moved it with half of the noise either: the power is that of canaries as weak as these. A mechanism
+    that hides more than it claims looks the same, and is then not supported, which is the careful side.
+    """
+    shown = next((s for s in _SHOWN if _ideal_correct(claim, s, number, guesses).mean() <= correct), 0.0)
+    least = _least_correct(claim, number, guesses, alpha)
+    return float((_ideal_correct(claim, 2 * shown, number, guesses) >= least).mean()), shown
+
+
+@lru_cache(maxsize=256)
 def _least_correct(claim: Curve, number: int, guesses: int, alpha: float) -> int:
     """The fewest correct guesses that reject the claim."""
     low, high = 0, guesses + 1

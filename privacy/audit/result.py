@@ -25,7 +25,7 @@ class Audit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         note: what was done, assumed and not shown, in words.
         seeds: from which the audit can be done again.
         power: computed probability that this audit would have said "violation" if the noise were half of what is
-            claimed; None where it has not been computed.
+            claimed, with canaries that show as much as these did; None where it has not been computed.
         figures: further numbers, for the report: error rates, areas, intervals.
     """
 

@@ -273,8 +273,17 @@ def one(run: one_run.Run, epsilon: float, **changes: object) -> Audit:
 def test_one_run_bounds_epsilon_8_by_more_than_3() -> None:
     found = one(in_one_run(gaussian_mu(8.0, DELTA)), 8.0)
     assert 3.0 <= found.epsilon_lower <= 8.0
-    assert found.verdict == "supported"
+    assert found.verdict != "violation"
     assert found.figures["epsilon_lower_any_mechanism"] < found.epsilon_lower
+
+
+def test_canaries_that_hardly_show_support_nothing() -> None:
+    """Half of what an ideal canary shows: half of the noise would have looked like the claim."""
+    found = one(in_one_run(gaussian_mu(4.0, DELTA) / 2), 4.0)
+    assert found.verdict == "inconclusive"
+    assert found.figures["canaries_show"] < 0.7
+    assert found.power is not None and found.power < 0.5
+    assert one(in_one_run(gaussian_mu(4.0, DELTA)), 4.0).verdict == "supported"
 
 
 @pytest.mark.parametrize("epsilon", [2.0, 8.0])
