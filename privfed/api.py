@@ -229,8 +229,7 @@ def _drive(ready: Preparation, home: RunFolder, observer: Observer | None) -> Ru
                 reports.append(report)
                 if config.evaluation.keep == "best" and best(reports) == report.round:
                     kept = {name: tensor.clone() for name, tensor in federation.state.items()}
-                words = {name: measured.seal for name, measured in report.measurements.items() if measured.seal}
-                consortium.witness.round(facts.run, report.round, words)
+                consortium.witness.round(facts.run, report.round, report.words)
                 home.add_metrics(metrics_line(facts.run, report))
                 home.save_checkpoint(
                     Checkpoint(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from msgspec.structs import replace
 
 from privfed.crypto.aggregation import AggregationResult, AggregationServer, run_round
 from privfed.crypto.errors import AggregationError, FaultyDealer, RemoteProtocolError
@@ -60,6 +61,7 @@ class RoundReport:
         bytes_up: aggregation bytes each contributing site sent, mean.
         measurements: what the sites measured on the new model; empty when this round was not evaluated.
         released: what all sites' noised counts say of the new model; None where they are not released.
+        words: what the sites signed about their ledgers, by name; see seals.py.
         seconds: wall clock.
     """
 
@@ -73,6 +75,7 @@ class RoundReport:
     measurements: Mapping[str, wire.Measurement]
     seconds: float
     released: Released | None = None
+    words: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
 
     def figures(self, name: str) -> Spread | None:
         """The spread over sites of ``loss``, ``global_score``, ``personalized`` or ``local_only``."""
@@ -243,7 +246,8 @@ class Federation:
             refused=dict(tally.refused),
             aborted=aborted,
             bytes_up=math.fsum(tally.bytes_up.get(name, 0) for name in names) / len(names) if names else 0.0,
-            measurements=measurements,
+            measurements={name: replace(measured, seal=b"") for name, measured in measurements.items()},
+            words={name: measured.seal for name, measured in measurements.items() if measured.seal},
             released=released,
             seconds=self._clock() - started,
         )

@@ -211,7 +211,7 @@ def test_a_witness_takes_no_word_that_is_not_its_sites(tmp_path: Path) -> None:
     house = House(tmp_path)
     federation = house.federation(config(rounds=1))
     (report,) = tuple(federation.rounds())
-    words = {name: measured.seal for name, measured in report.measurements.items()}
+    words = dict(report.words)
     members = {name: house.identities[name].member.ledger_key for name in house.names}
     witness = Witness(house.ledger, bytes(range(32)), members)
     witness.round("r", 0, {**words, "a": words["b"], "c": b"garbage"})
