@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from privfed.crypto import degree as graph_degree
 from privfed.crypto.aggregation import COMPLETE_UP_TO, default_colluders, default_parameters, default_threshold
+from privfed.privacy.events import NoiseSite
 
 from .config import Config
 from .errors import ConfigError
@@ -115,4 +116,6 @@ def _homomorphic(config: Config, n: int) -> Cohort:
             "aggregation.threshold and aggregation.colluders belong to masked aggregation: leave them away, and set "
             "aggregation.minimum_cohort if another number than 3 sites is the fewest in a released sum"
         )
-    return Cohort(n, 1, settings.minimum_cohort or 3, 0)
+    # Shares of noise are sized for the fewest sites in a sum: a small number would be paid for with noise
+    fewest = default_threshold(n) if config.privacy.noise is NoiseSite.DISTRIBUTED else 3
+    return Cohort(n, 1, settings.minimum_cohort or max(3, fewest), 0)
