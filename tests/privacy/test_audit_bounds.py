@@ -162,9 +162,9 @@ def test_the_curve_of_one_sampled_release_is_below_what_thresholds_reach() -> No
 
 
 def test_patients_with_several_records_and_skellam_shares_have_curves() -> None:
-    one = curve_of((Charge(PatientMixture(0.2, 1, 2.0), 2),))
-    assert one.fnr(1.0, 0.1) == pytest.approx(curve_of((Charge(PoissonGaussian(0.2, 2.0), 2),)).fnr(1.0, 0.1), abs=1e-3)
-    assert curve_of((Charge(PatientMixture(0.2, 2, 2.0), 2),)).fnr(1.0, 0.1) < one.fnr(1.0, 0.1)
+    one = curve_of((Charge(PatientMixture(0.2, 1, 4.0), 1),))
+    assert one.fnr(1.0, 0.1) == pytest.approx(curve_of((Charge(PoissonGaussian(0.2, 4.0), 1),)).fnr(1.0, 0.1), abs=1e-3)
+    assert curve_of((Charge(PatientMixture(0.2, 2, 4.0), 1),)).fnr(1.0, 0.1) < one.fnr(1.0, 0.1)
     # Variance 4e6 over Δ₂² = 1e6: σ = 2 in units of what one unit moves
     shares = Skellam(share_variance=10**6, shares=5, colluders=1, dim=64, l2_squared=10**6, l1=8000)
     assert curve_of((Charge(shares, 4),)) == GaussianCurve(1.0)

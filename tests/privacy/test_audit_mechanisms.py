@@ -150,7 +150,7 @@ def test_sound_sampled_mechanisms_are_rarely_called_violations() -> None:
     def scores(with_canary: bool, trials: int, key: bytes) -> Floats:
         return curve.scores(1.0, np.full(trials, with_canary), np.random.default_rng(list(key)))
 
-    alarms = [audited(scores, COST, curve=curve, trials=400, seed=s).verdict == "violation" for s in range(60)]
+    alarms = [audited(scores, COST, curve=curve, trials=400, seed=s).verdict == "violation" for s in range(40)]
     assert np.mean(alarms) <= 0.05
 
 
