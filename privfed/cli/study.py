@@ -14,7 +14,9 @@ def command(
     out: Annotated[
         Path | None, typer.Option("--out", help="The study's folder; an existing one goes on [default: studies/NAME]")
     ] = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time [default: one a core]")] = 0,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=1, help="Runs at a time [default: one a core]")
+    ] = None,
     backend: Annotated[
         str, typer.Option("--backend", metavar="loky|ray|dask", help="Where runs go: this machine, or your cluster.")
     ] = "loky",

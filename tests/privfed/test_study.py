@@ -1,0 +1,174 @@
+"""A study: what it asks, what survives a kill, what it says."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from privfed.cli.app import app
+from privfed.errors import ConfigError
+from privfed.study import Cell, Study, cells, collect, load_study, results, run_study
+from privfed.study.page import page
+from privfed.study.runner import CELLS, FAILURE
+
+COMMON: dict[str, Any] = {
+    "rounds": 1,
+    "evaluation.local_steps": 1,
+    "privacy.target_epsilon": 50,
+    "privacy.noise_multiplier": 3.0,
+}
+TEXT = """
+name = "small"
+seeds = [0, 1]
+[common]
+rounds = 1
+"evaluation.local_steps" = 1
+"privacy.noise_multiplier" = 3.0
+[grid]
+"privacy.target_epsilon" = [40, 50]
+[cases]
+average = {"method.name" = "fedavg", "method.local_steps" = 1}
+shared = {"method.name" = "fedsgd", "privacy.noise" = "distributed"}
+"""
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, tuple[Cell, ...], Path]:
+    """A finished study of eight runs."""
+    home = tmp_path_factory.mktemp("study")
+    (home / "study.toml").write_text(TEXT)
+    study = load_study(home / "study.toml")
+    todo = cells(study, home)
+    finished = run_study(todo, home, backend="sequential")
+    assert all(cell.error is None and not cell.resumed for cell in finished)
+    return study, todo, home
+
+
+def test_every_combination_is_a_cell_with_its_own_settings(tmp_path: Path) -> None:
+    grid: Any = {"rounds": (1, 2), "privacy.sample_rate": (0.5,)}
+    study = Study(seeds=(0, 1), common=COMMON, grid=grid, cases={"a": {}, "b": {"method.name": "fedavg"}})
+    found = cells(study, tmp_path)
+    assert len(found) == len({cell.id for cell in found}) == 8
+    assert {(cell.case, cell.config.rounds, cell.config.seed) for cell in found} == {
+        (case, rounds, seed) for case in "ab" for rounds in (1, 2) for seed in (0, 1)
+    }
+    assert all(cell.config.simulation.threads == 1 for cell in found)
+    again = cells(Study(seeds=(1,), common=COMMON, grid={"rounds": (2,), "privacy.sample_rate": (0.5,)}), tmp_path)
+    assert again[0].id in {cell.id for cell in found}  # the same run, whatever else the study holds
+
+
+@pytest.mark.parametrize(
+    ("study", "told"),
+    [
+        (Study(grid={"privacy.sample_rat": (0.5,)}), r"privacy.sample_rat.*did you mean"),
+        (Study(grid={"rounds": (0,)}), "rounds"),
+        (Study(common={"rounds": 1}, cases={"a": {}, "b": {}}), "same run"),
+        (Study(base="nowhere.toml"), "can not read the configuration"),
+    ],
+)
+def test_what_no_run_could_have_is_refused_before_any(study: Study, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=told):
+        cells(study, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["seeds = []", "sedes = [1]", "grid = 3", "name = 'a b'", "x = ["])
+def test_a_file_that_is_no_study_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "s.toml").write_text(text)
+    with pytest.raises(ConfigError):
+        load_study(tmp_path / "s.toml")
+    with pytest.raises(ConfigError, match="can not read the study"):
+        load_study(tmp_path / "no.toml")
+
+
+def test_one_row_a_run_and_one_line_a_setting(done: tuple[Study, tuple[Cell, ...], Path]) -> None:
+    study, todo, home = done
+    found = collect(study, todo, home)
+    assert len(found.runs) == 8 and found.runs["error"].isna().all()
+    assert list(found.runs.columns[:3]) == ["case", "privacy.target_epsilon", "seed"]
+    assert len(found.table) == 4 and (found.table["runs"] == 2).all()
+    own = found.runs[(found.runs["case"] == "average") & (found.runs["privacy.target_epsilon"] == 40)]
+    line = found.table.iloc[0]
+    assert line["personalized"] == pytest.approx(own["personalized"].mean())
+    half = 12.7062 * own["personalized"].std(ddof=1) / math.sqrt(2)  # t of 97.5 % at one degree of freedom
+    assert line["personalized_ci"] == pytest.approx(half, rel=1e-4)
+    assert len(found.sites) == 8 * 5 and found.sites["personalized"].notna().all()
+    assert "Papernot and Steinke 2022" in found.choosing and "ε = " in found.choosing
+
+
+def test_results_are_read_back_as_they_were_written(done: tuple[Study, tuple[Cell, ...], Path]) -> None:
+    study, todo, home = done
+    found = collect(study, todo, home)
+    found.write(home)
+    pd.testing.assert_frame_equal(pd.read_parquet(home / "results.parquet"), found.runs, check_dtype=False)
+    assert len(pd.read_csv(home / "results.csv")) == 8
+    assert (home / "table.md").read_text().count("\n") == 6
+    assert r"$\pm$" in (home / "table.tex").read_text() and "_" not in (home / "table.tex").read_text().replace(
+        r"\_", ""
+    )
+
+
+def test_the_page_stands_alone(done: tuple[Study, tuple[Cell, ...], Path]) -> None:
+    study, todo, home = done
+    text = page(study, collect(study, todo, home))
+    assert text.count("<svg") == 5 and 'aria-label="' in text
+    fetched = re.findall(r'(?:src|href)="(?!#)([^"]+)"', text)
+    assert [link for link in fetched if not link.startswith("#")] == [] and "<script" not in text
+
+
+def test_a_second_call_does_nothing_again_and_goes_on_where_a_kill_came(
+    done: tuple[Study, tuple[Cell, ...], Path], tmp_path: Path
+) -> None:
+    study, todo, home = done
+    copy = Path(shutil.copytree(home, tmp_path / "copy"))
+    before = collect(study, todo, copy).runs
+    gone, young = (copy / CELLS / cell.id for cell in todo[:2])
+    shutil.rmtree(gone)
+    for name in ("run.json", "summary.json", "checkpoint.safetensors", "metrics.jsonl", "ledger.db", "ledger.db.key"):
+        (young / name).unlink(missing_ok=True)  # killed before the run had begun
+    finished = run_study(todo, copy, backend="sequential")
+    assert [cell.resumed for cell in finished] == [False, False, *[True] * 6]
+    after = collect(study, todo, copy).runs
+    untouched = before.columns.difference(["seconds"])
+    pd.testing.assert_frame_equal(before[untouched][2:], after[untouched][2:])
+    assert after["error"].isna().all()
+
+
+def test_a_cell_that_fails_is_told_and_the_rest_goes_on(tmp_path: Path) -> None:
+    study = Study(common=COMMON, cases={"good": {"method.name": "fedavg"}, "bad": {"privacy.unit": "patient"}})
+    todo = cells(study, tmp_path)
+    told: list[str | None] = []
+    run_study(todo, tmp_path, backend="sequential", observer=lambda cell: told.append(cell.error))
+    assert told[0] is None and "data.patient" in (told[1] or "")
+    found = collect(study, todo, tmp_path)
+    assert found.table["failed"].tolist() == [0, 1] and "(1 failed)" in results.markdown(found.table)
+    assert "data.patient" in page(study, found)
+    assert json.loads((tmp_path / CELLS / todo[1].id / FAILURE).read_text())["traceback"] is None
+
+
+def test_a_table_of_one_seed_has_no_interval() -> None:
+    assert math.isnan(results._half_width(np.array([0.5])))
+
+
+def test_a_backend_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="must be one of loky"):
+        run_study((), tmp_path, backend="slurm")
+
+
+def test_the_command_lists_runs_and_prints_one_object(tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(TEXT.replace("seeds = [0, 1]", "seeds = [0]").replace("[40, 50]", "[50]"))
+    listed = CliRunner().invoke(app, ["study", str(tmp_path / "s.toml"), "--dry-run"])
+    assert "2 runs" in listed.stdout and "average, target_epsilon=50, seed 0" in listed.stdout
+    ran = CliRunner().invoke(
+        app, ["study", str(tmp_path / "s.toml"), "--out", str(tmp_path / "o"), "-j", "1", "--json"]
+    )
+    assert ran.exit_code == 0, ran.output
+    answer = json.loads(ran.stdout)
+    assert (answer["runs"], answer["failed"]) == (2, 0) and len(answer["table"]) == 2
+    assert (tmp_path / "o" / "study.html").exists()
