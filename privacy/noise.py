@@ -80,6 +80,22 @@ def release(
     return (clipped_sum.double() + torch.from_numpy(noise)).div_(expected_batch_size).to(clipped_sum.dtype)
 
 
+def release_each(
+    clipped_sums: Tensor,
+    *,
+    noise_multiplier: float,
+    max_grad_norm: float,
+    expected_batch_size: float,
+    randomness: Sequence[np.random.Generator],
+) -> Tensor:
+    """`release` of row k of ``clipped_sums`` float64[K, P] with generator k: the same bits, for many sites at once."""
+    noise = np.empty(tuple(clipped_sums.shape))
+    for row, source in zip(noise, randomness, strict=True):
+        source.standard_normal(out=row)
+    noise *= noise_multiplier * max_grad_norm
+    return (clipped_sums.double() + torch.from_numpy(noise)).div_(expected_batch_size).to(clipped_sums.dtype)
+
+
 def correlation(streams: Sequence[np.ndarray]) -> float:
     """The largest absolute correlation between any two noise streams, float64[d] each: near 0 when keys differ."""
     matrix = np.corrcoef(np.stack(streams))
