@@ -1,0 +1,462 @@
+"""A round of 100 simulated sites with 100 records each, 7 Poisson DP-SGD steps a site: all in one pass, beside peers.
+
+The peers' noise is torch's, which nobody should trust and which is fast; a run's own is ChaCha20 (`noise.generator`),
+which takes three times as long. So "ours" stands here three times: as `privfed run` computes it (float64, ChaCha20),
+with a fast generator, and with float32 as the peers. The bars hold the last one, which does what the peers do.
+
+    python benchmarks/simulation.py [--quick] [--json FILE] [--check]
+
+pfl: pip install --no-deps --target DIR pfl==0.6.0 multiprocess dill, and DIR on PYTHONPATH. Times are of the process's
+processor clock.
+"""
+
+import importlib.util
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from common import Bar, Report, Timing, interleaved, parse
+from opacus import GradSampleModule, PrivacyEngine
+from opacus.optimizers import DPOptimizer
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.utils.data import DataLoader, TensorDataset
+
+from privfed.privacy import noise
+from privfed.privacy.oracle.cohort import CohortDoor
+from privfed.privacy.oracle.door import ALL, DoorSettings, Records
+from privfed.privacy.oracle.opacus import OpacusDoor
+from privfed.privacy.oracle.stacked import StackedNetwork
+
+SITES, RECORDS, STEPS, RATE, LR, CLASSES = 100, 100, 7, 1 / 7, 0.1, 10
+OURS = {
+    "float64, ChaCha20": (torch.float64, noise.generator),
+    "float64, fast noise": (torch.float64, lambda key: np.random.Generator(np.random.SFC64(list(key)))),
+    "float32, fast noise": (torch.float32, lambda key: np.random.Generator(np.random.SFC64(list(key)))),
+}
+LIKE_PEERS = "float32, fast noise"
+AS_RUN = "float64, ChaCha20"
+
+BARS = (
+    Bar("mlp: Opacus, naive / ours", at_least=25.0),
+    Bar("logistic: Opacus, naive / ours", at_least=40.0),
+    Bar("cnn: Opacus, naive / ours", at_least=3.0),
+    Bar("mlp: lean loop without privacy / ours", at_least=1.0),
+    Bar("logistic: lean loop without privacy / ours", at_least=1.0),
+    Bar("mlp: ours / floor", at_most=2.5),
+    Bar("cnn: ours / floor", at_most=4.0),
+    Bar("3 sites: Opacus door / cohort door, as run", at_least=1.0),
+    Bar("twice the sites", at_most=2.2),
+    Bar("twice the records", at_most=2.2),
+    Bar("twice the parameters", at_most=2.2),
+    Bar("ragged / equal sizes", at_most=1.6),
+    Bar("10,000 sites × 100 records, MLP, one round: memory", at_most=4.0),
+    Bar("mlp: pfl 0.6 without privacy / ours without privacy", at_least=10.0),
+    Bar("mlp: pfl 0.6 without privacy / ours", at_least=6.0),
+)
+
+
+def network(name: str, *, width: int = 64) -> tuple[nn.Module, tuple[int, ...]]:
+    """The three networks of the table, at the same start."""
+    torch.manual_seed(0)
+    if name == "logistic":
+        return nn.Sequential(nn.Linear(64, CLASSES)), (64,)
+    if name == "mlp":
+        return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, CLASSES)), (64,)
+    layers = [nn.Conv2d(1, 16, 8, 2, padding=3), nn.ReLU(), nn.MaxPool2d(2, 1)]
+    layers += [nn.Conv2d(16, 32, 4, 2), nn.ReLU(), nn.MaxPool2d(2, 1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, CLASSES)), (1, 28, 28)
+
+
+def losses(outputs: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(outputs, targets, reduction="none")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A network and the records of its sites."""
+
+    name: str
+    sites: Sequence[Records]
+    width: int = 64
+
+    @classmethod
+    def of(cls, name: str, sizes: Sequence[int], *, width: int = 64) -> "Study":
+        shape = network(name)[1]
+        generator = torch.Generator().manual_seed(1)
+        sites = [
+            Records(
+                torch.randn(size, *shape, generator=generator),
+                torch.randint(0, CLASSES, (size,), generator=generator),
+                {ALL: torch.arange(size)},
+            )
+            for size in sizes
+        ]
+        return cls(name, sites, width)
+
+    @property
+    def model(self) -> nn.Module:
+        return network(self.name, width=self.width)[0]
+
+    @property
+    def start(self) -> Tensor:
+        return parameters_to_vector(self.model.parameters()).detach()
+
+    @property
+    def expected(self) -> float:
+        return RATE * sum(len(records) for records in self.sites) / len(self.sites)
+
+    def settings(self, noise_multiplier: float = 1.0) -> DoorSettings:
+        return DoorSettings(
+            sample_rate=RATE,
+            expected_batch_size=self.expected,
+            max_grad_norm=1.0,
+            noise_multiplier=noise_multiplier,
+            part_fractions={},
+        )
+
+    def sources(self, make: Callable[[bytes], np.random.Generator]) -> list[np.random.Generator]:
+        return [make(number.to_bytes(32, "big")) for number in range(len(self.sites))]
+
+
+def ours(study: Study, variant: str, device: str = "cpu") -> Callable[[], Tensor]:
+    """A round of all sites together: the mean of their models."""
+    dtype, make = OURS[variant]
+    example = study.sites[0]
+    together = StackedNetwork(study.model, losses, example.inputs, example.targets, dtype=dtype, device=device)
+    sources, start = study.sources(make), study.start.unsqueeze(0)
+
+    def round_() -> Tensor:
+        door = CohortDoor(network=together, sites=study.sites, settings=study.settings(), randomness=sources)
+        theta = start
+        for _ in range(STEPS):
+            theta = theta - LR * door.gradient(theta, door.draw())
+        return theta.mean(0)
+
+    return round_
+
+
+def ours_without_privacy(study: Study) -> Callable[[], Tensor]:
+    """The same sites in one pass, batches of fixed size, plain means."""
+    example = study.sites[0]
+    together = StackedNetwork(study.model, losses, example.inputs, example.targets, dtype=torch.float32)
+    x, y = (torch.stack([getattr(r, name) for r in study.sites]) for name in ("inputs", "targets"))
+    batch = round(study.expected)
+    mask = torch.ones(len(study.sites), batch, dtype=torch.bool)
+
+    def round_() -> Tensor:
+        theta = study.start.expand(len(study.sites), -1).contiguous()
+        order = torch.randperm(x.shape[1])
+        for step in range(STEPS):
+            rows = order[step * batch : (step + 1) * batch]
+            live = mask[:, : len(rows)]
+            theta -= LR * together.mean_gradients(theta, x[:, rows], y[:, rows], live)
+        return theta.mean(0)
+
+    return round_
+
+
+def doors_of_their_own(study: Study) -> Callable[[], Tensor]:
+    """A round through each site's own `OpacusDoor`, built once."""
+    doors = [
+        OpacusDoor(model=study.model, loss=losses, records=r, settings=study.settings(), randomness=source)
+        for r, source in zip(study.sites, study.sources(noise.generator), strict=True)
+    ]
+
+    def round_() -> Tensor:
+        ends = []
+        for door in doors:
+            theta = study.start.unsqueeze(0)
+            for _ in range(STEPS):
+                theta = theta - LR * door.gradient(theta, door.draw())
+            ends.append(theta)
+        return torch.cat(ends).mean(0)
+
+    return round_
+
+
+def naive_opacus(study: Study) -> Callable[[], Tensor]:
+    """What its tutorial says, for each site: `make_private`, then an epoch."""
+
+    def round_() -> Tensor:
+        ends = []
+        for records in study.sites:
+            model = study.model
+            loader = DataLoader(TensorDataset(records.inputs, records.targets), batch_size=round(study.expected))
+            private, optimizer, batches = PrivacyEngine().make_private(
+                module=model,
+                optimizer=torch.optim.SGD(model.parameters(), lr=LR),
+                data_loader=loader,
+                noise_multiplier=1.0,
+                max_grad_norm=1.0,
+            )
+            for inputs, targets in batches:
+                optimizer.zero_grad()
+                functional.cross_entropy(private(inputs), targets).backward()
+                optimizer.step()
+            ends.append(parameters_to_vector(model.parameters()).detach())
+        return torch.stack(ends).mean(0)
+
+    return round_
+
+
+def reused_opacus(study: Study) -> Callable[[], Tensor]:
+    """One wrapped module for all sites, draws by hand."""
+    model = study.model
+    module = GradSampleModule(model, loss_reduction="sum")
+    parameters = list(module.parameters())
+    optimizer = DPOptimizer(
+        torch.optim.SGD(parameters, lr=LR),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        expected_batch_size=round(study.expected),
+        loss_reduction="mean",
+    )
+    start = study.start
+
+    def round_() -> Tensor:
+        ends = []
+        for records in study.sites:
+            vector_to_parameters(start, parameters)
+            for _ in range(STEPS):
+                rows = (torch.rand(len(records)) < RATE).nonzero().flatten()
+                optimizer.zero_grad()
+                functional.cross_entropy(
+                    module(records.inputs[rows]), records.targets[rows], reduction="sum"
+                ).backward()
+                optimizer.step()
+            ends.append(parameters_to_vector(parameters).detach())
+        return torch.stack(ends).mean(0)
+
+    return round_
+
+
+def lean_loop(study: Study) -> Callable[[], Tensor]:
+    """No privacy, no framework: one model, SGD by hand, a site after the other."""
+    model = study.model
+    parameters = list(model.parameters())
+    start, batch = study.start, round(study.expected)
+
+    def round_() -> Tensor:
+        ends = []
+        for records in study.sites:
+            vector_to_parameters(start, parameters)
+            order = torch.randperm(len(records))
+            for rows in order.split(batch)[:STEPS]:
+                loss = functional.cross_entropy(model(records.inputs[rows]), records.targets[rows])
+                with torch.no_grad():
+                    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                        parameter -= LR * gradient
+            ends.append(parameters_to_vector(parameters).detach())
+        return torch.stack(ends).mean(0)
+
+    return round_
+
+
+def floor(study: Study) -> Callable[[], object]:
+    """What a round can not do without, in float32: the products of one forward and backward pass over the records that
+    are drawn on average, the normals of the noise, the updates. Batches are rectangular and nothing is clipped."""
+    batch, sites = round(study.expected), len(study.sites)
+    model, shape = network(study.name, width=study.width)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    source = np.random.Generator(np.random.SFC64(1))
+    theta, normals = torch.zeros(sites, parameters), np.empty((sites, parameters))
+    products: list[tuple[Tensor, Tensor, Tensor, bool]] = []
+    inputs = torch.zeros(1, *shape)
+    first = True
+    for layer in model:
+        output = layer(inputs)
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            places = output.shape[2:].numel()
+            out, inner = output.shape[1], layer.weight[0].numel()
+            a, w = torch.randn(sites, batch * places, inner), torch.randn(sites, inner, out)
+            products.append((a, w, torch.randn(sites, batch * places, out), first))
+            first = False
+        inputs = output
+
+    def round_() -> None:
+        for _ in range(STEPS):
+            for a, w, g, is_first in products:
+                torch.bmm(a, w)
+                torch.bmm(g.mT, a)
+                if not is_first:
+                    torch.bmm(g, w.mT)
+            source.standard_normal(out=normals)
+            theta.add_(torch.from_numpy(normals), alpha=LR)
+
+    return round_
+
+
+def pfl(study: Study) -> Callable[[], object] | None:
+    """pfl 0.6's simulated backend, FedAvg without privacy, one process; None where it is not installed."""
+    if importlib.util.find_spec("pfl") is None:
+        return None
+    from pfl.aggregate.simulate import SimulatedBackend
+    from pfl.aggregate.weighting import WeightByUser
+    from pfl.algorithm.base import NNAlgorithmParams
+    from pfl.algorithm.federated_averaging import FederatedAveraging
+    from pfl.data.dataset import Dataset
+    from pfl.data.federated_dataset import FederatedDataset
+    from pfl.data.sampling import get_user_sampler
+    from pfl.hyperparam import NNEvalHyperParams, NNTrainHyperParams
+    from pfl.metrics import Weighted
+    from pfl.model.pytorch import PyTorchModel
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = study.model
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.inner(inputs)
+
+        def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+            self.train()
+            return functional.cross_entropy(self(inputs), targets)
+
+        def metrics(self, inputs: Tensor, targets: Tensor) -> dict[str, object]:
+            return {
+                "loss": Weighted(functional.cross_entropy(self(inputs), targets, reduction="sum").item(), len(targets))
+            }
+
+    net = Net()
+    model = PyTorchModel(net, torch.optim.SGD, torch.optim.SGD(net.parameters(), 1.0))
+    users = FederatedDataset(
+        lambda user: Dataset([study.sites[user].inputs, study.sites[user].targets], user_id=user),
+        get_user_sampler("minimize_reuse", list(range(len(study.sites)))),
+    )
+    backend = SimulatedBackend(users, users, [WeightByUser()])
+
+    def round_() -> None:
+        FederatedAveraging().run(
+            NNAlgorithmParams(
+                central_num_iterations=1,
+                evaluation_frequency=10**6,
+                train_cohort_size=len(study.sites),
+                val_cohort_size=0,
+            ),
+            backend,
+            model,
+            NNTrainHyperParams(local_num_epochs=1, local_learning_rate=LR, local_batch_size=round(study.expected)),
+            NNEvalHyperParams(local_batch_size=None),
+            [],
+            send_metrics_to_platform=False,
+        )
+
+    return round_
+
+
+def main() -> None:
+    options = parse(__doc__)
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", module="opacus")
+    warnings.filterwarnings("ignore", message=".*(Full backward hook|Secure RNG|non-private|Optimal order).*")
+    report = Report("simulation", packages=("torch", "opacus", "numpy", "randomgen", "pfl", "flwr", "ray"))
+    sites, records = (10, 50) if options.quick else (SITES, RECORDS)
+    for name in ("logistic", "mlp", "cnn"):
+        beside_peers(report, name, sites, records, quick=options.quick)
+    few_sites(report, records, quick=options.quick)
+    growth(report, sites, records, quick=options.quick)
+    report.section("memory")
+    count = 200 if options.quick else 10_000
+    code = f"import simulation; simulation.one_large_round({count})"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=sys.path[0])
+    seconds, peak = map(float, done.stdout.split())
+    report.add("10,000 sites × 100 records, MLP, one round: memory", peak / 2**30, "GiB")
+    report.add("10,000 sites × 100 records, MLP, one round", seconds, "s")
+    if torch.cuda.is_available():
+        on_gpu(report, sites, records)
+    report.note("Flower with Ray: not measured here yet; it needs an environment of its own (flwr[simulation]==1.42)")
+    report.finish(options, BARS)
+
+
+def beside_peers(report: Report, name: str, sites: int, records: int, *, quick: bool) -> None:
+    study = Study.of(name, [records] * sites)
+    parameters = len(study.start)
+    report.section(f"{name}, {parameters:,} parameters: {sites} sites × {records} records, {STEPS} steps")
+    tasks: dict[str, Callable[[], object]] = {variant: ours(study, variant) for variant in OURS}
+    tasks |= {
+        "without privacy, all sites in one pass": ours_without_privacy(study),
+        "floor": floor(study),
+        "lean loop without privacy": lean_loop(study),
+        "Opacus, re-used": reused_opacus(study),
+        "Opacus, naive": naive_opacus(study),
+    }
+    other = pfl(study) if name == "mlp" else None
+    if other is not None:
+        tasks["pfl 0.6 without privacy"] = other
+    times = interleaved(tasks, repeats=1 if quick else 3 if name == "cnn" else 5, clock=time.process_time)
+    for task, timing in times.items():
+        report.add(f"{name}: ours, {task}" if task in OURS else f"{name}: {task}", timing)
+    for variant in (LIKE_PEERS, AS_RUN):
+        mine, suffix = times[variant], "" if variant == LIKE_PEERS else ", as run"
+        for peer in ("Opacus, naive", "Opacus, re-used", "lean loop without privacy", "pfl 0.6 without privacy"):
+            if peer in times:
+                report.add(f"{name}: {peer} / ours{suffix}", times[peer].over(mine))
+        report.add(f"{name}: ours / floor{suffix}", mine.over(times["floor"]))
+    plain = times["without privacy, all sites in one pass"]
+    if other is not None:
+        report.add("mlp: pfl 0.6 without privacy / ours without privacy", times["pfl 0.6 without privacy"].over(plain))
+
+
+def few_sites(report: Report, records: int, *, quick: bool) -> None:
+    report.section("three sites, mlp: where there is little to gain")
+    study = Study.of("mlp", [records] * 3)
+    times = interleaved(
+        {"alone": doors_of_their_own(study), "together": ours(study, AS_RUN)},
+        repeats=1 if quick else 9,
+        clock=time.process_time,
+    )
+    report.add("3 sites: Opacus door / cohort door, as run", times["alone"].over(times["together"]))
+
+
+def growth(report: Report, sites: int, records: int, *, quick: bool) -> None:
+    report.section("growth, mlp, float64 with ChaCha20 noise")
+    equal = [records] * sites
+    uneven = np.random.default_rng(2).lognormal(0.0, 1.0, sites)
+    sizes = np.maximum(1, np.round(uneven * sites * records / uneven.sum())).astype(int).tolist()
+    studies = {
+        "once": Study.of("mlp", equal),
+        "twice the sites": Study.of("mlp", equal * 2),
+        "twice the records": Study.of("mlp", [records * 2] * sites),
+        "twice the parameters": Study.of("mlp", equal, width=128),
+        "ragged / equal sizes": Study.of("mlp", sizes),
+    }
+    times: dict[str, Timing] = interleaved(
+        {name: ours(study, AS_RUN) for name, study in studies.items()},
+        repeats=1 if quick else 7,
+        clock=time.process_time,
+    )
+    for name, timing in times.items():
+        if name != "once":
+            report.add(name, timing.over(times["once"]))
+
+
+def one_large_round(sites: int) -> None:
+    """Prints seconds and peak bytes of one round; in a process of its own."""
+    from common import peak_memory_bytes
+
+    torch.set_num_threads(1)
+    round_ = ours(Study.of("mlp", [RECORDS] * sites), AS_RUN)
+    started = time.perf_counter()
+    round_()
+    print(time.perf_counter() - started, peak_memory_bytes())
+
+
+def on_gpu(report: Report, sites: int, records: int) -> None:
+    report.section(f"{torch.cuda.get_device_name()}: {sites} sites × {records} records, wall clock")
+    for name in ("logistic", "mlp", "cnn"):
+        study = Study.of(name, [records] * sites)
+        tasks = {f"{name} on the GPU, {variant}": ours(study, variant, "cuda") for variant in OURS}
+        for task, timing in interleaved(tasks, repeats=5).items():
+            report.add(task, timing)
+
+
+if __name__ == "__main__":
+    main()
