@@ -1,7 +1,7 @@
 """The private door of K simulated sites at once: one pass for all of them, and what each would answer alone.
 
-Nobody sends a model made to break rounding where one process simulates all sites. Yet the arithmetic is by default that
-of `OpacusDoor`, float64: an answer does not depend on which of the two gave it.
+For simulations, in which nobody sends a model made to break rounding: see `StackedNetwork`. The arithmetic is float64
+by default, as `OpacusDoor`'s is, so that a study's figures do not depend on which of the two gave them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,7 +42,7 @@ class CohortDoor:
     Guarantees:
         Site k's answers are those of an `OpacusDoor` with the same records and generator: the same records drawn and
         the same noise bit for bit, the same clipped sums up to rounding, the same `charges`. No site's answer depends
-        on another's records. With a float32 network the rounding of a sum has no bound (see `StackedNetwork`).
+        on another's records. All of it up to rounding, whose limits are those of `StackedNetwork`.
     """
 
     def __init__(
