@@ -190,7 +190,7 @@ def summarize(
             adjacency="add-or-remove-one",
             sampling=sampling(config),
             insecure_seed=insecure or config.privacy.insecure_seed is not None,
-            adversaries=_worst(exposed),
+            adversaries=worst(exposed),
             colluders=_colluders(config, reports, len(spent)),
         ),
         utility=UtilitySummary(
@@ -236,7 +236,7 @@ def _colluders(config: Config, reports: Sequence[RoundReport], sites: int) -> in
     return min(claimed_colluders(config, cohort_of(config, size)) for size in sizes)
 
 
-def _worst(exposed: Sequence[Sequence[Exposure]]) -> tuple[AdversarySummary, ...]:
+def worst(exposed: Sequence[Sequence[Exposure]]) -> tuple[AdversarySummary, ...]:
     """The largest ε of any site, adversary by adversary."""
     worst = []
     for lines in zip(*exposed, strict=True):

@@ -137,7 +137,7 @@ def _check_statements(
     """Every signed word, and every root over the words that a coordinator signed after them."""
     chains = {name: ledger.entries(name) for name in ledger.sites()}
     signers = dict(book.keys)
-    spends: dict[tuple[str, str], _Spends] = {}
+    spends: dict[tuple[str, str], Spends] = {}
     words: dict[str, list[Seal]] = {}
     batch: list[bytes] = []
     rounds = 0
@@ -162,7 +162,7 @@ def _check_statements(
             _check_root(book, chain, word, batch, where)
             batch, rounds = [], rounds + 1
         else:
-            running = spends.setdefault((word.site, word.dataset), _Spends(chain, word.dataset))
+            running = spends.setdefault((word.site, word.dataset), Spends(chain, word.dataset))
             _check_epsilon(book, word, running.upto(word.sequence), accountant, where)
             batch.append(body)
     return words, rounds
@@ -174,14 +174,14 @@ def _check_root(book: Book, chain: Sequence[Recorded], word: Seal, batch: Sequen
         raise LedgerCorrupt(book.path, "its root is not that of the sites' words of the round", where)
 
 
-class _Spends:
+class Spends:
     """What a chain has spent on one data set, entry by entry: a second reading of the rules, apart from the ledger's.
 
     A settlement takes the place of its reserve. Equal charges are counted together, so that a long chain stays cheap.
     """
 
-    def __init__(self, chain: Sequence[Recorded], dataset: str) -> None:
-        self._chain, self._dataset, self._read = chain, dataset, 0
+    def __init__(self, chain: Sequence[Recorded], dataset: str, audience: str = FEDERATION) -> None:
+        self._chain, self._dataset, self._audience, self._read = chain, dataset, audience, 0
         self._counts: Counter[Charge] = Counter()
         self._reserved: dict[tuple[str, int, int], tuple[Charge, ...]] = {}
 
@@ -189,7 +189,7 @@ class _Spends:
         """All charges of the first ``sequence`` entries. Never asked to go back."""
         for recorded in self._chain[self._read : sequence]:
             entry = recorded.entry
-            if entry.dataset != self._dataset or entry.audience != FEDERATION:
+            if entry.dataset != self._dataset or entry.audience != self._audience:
                 continue
             key = (entry.run, entry.round, entry.attempt)
             if entry.kind == "reserve":

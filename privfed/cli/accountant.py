@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import ledger
+from . import accountant_report, ledger
 
 if TYPE_CHECKING:
     from privfed.privacy.events import Charge
@@ -224,6 +224,7 @@ app.command("verify")(ledger.verify)
 app.command("export")(ledger.export)
 app.command("compose")(ledger.compose)
 app.command("keygen")(ledger.keygen)
+app.command("report")(accountant_report.report)
 
 
 def _charges(

@@ -84,7 +84,7 @@ def epsilon_curve(
     table = _table(curves)
     if not table.size or np.isnan(table).all():
         return None
-    with _drawing("epsilon", 440, 290) as drawing:
+    with canvas("epsilon", 440, 290) as drawing:
         axes = drawing.axes
         last = [_last(row) for row in table]
         top = max(value for value in last if value is not None)
@@ -149,7 +149,7 @@ def score_curve(
         return None
     colour = {"global_score": GLOBAL, "personalized": PERSONAL, "local_only": LOCAL}[name]
     low, high = band_percentiles(len(curves))
-    with _drawing(name.replace("_", "-"), 360, 270) as drawing:
+    with canvas(name.replace("_", "-"), 360, 270) as drawing:
         axes = drawing.axes
         _band(axes, rounds, table, colour, low, high, alpha=0.20)
         if len(curves) <= MANY:
@@ -214,7 +214,7 @@ def gain_bars(gains: Sequence[tuple[str, float]], *, metric: str) -> Plot | None
     hurt = int((values < 0).sum())
     named = len(ordered) <= NAMED
     span = max(float(np.abs(values).max()), 1e-3) * 1.15
-    with _drawing("gain", 440, max(150, 62 + 24 * len(ordered)) if named else 290) as drawing:
+    with canvas("gain", 440, max(150, 62 + 24 * len(ordered)) if named else 290) as drawing:
         axes = drawing.axes
         places = np.arange(len(ordered))
         colours = [HURT if value < 0 else PERSONAL for value in values]
@@ -273,7 +273,7 @@ def mean_curve(curves: Mapping[str, Sequence[float]]) -> list[float]:
     return list(_over_sites(table, np.nanmean)) if table.size else []
 
 
-class _Drawing:
+class Drawing:
     """A figure in progress: no pyplot, no state outside this object but matplotlib's settings, put back at the end."""
 
     def __init__(self, name: str, width: int, height: int) -> None:
@@ -283,7 +283,7 @@ class _Drawing:
         settings: Any = {**defaults, **_SETTINGS, "svg.hashsalt": f"privfed-{name}"}
         self._settings = matplotlib.rc_context(settings)
 
-    def __enter__(self) -> "_Drawing":
+    def __enter__(self) -> "Drawing":
         self._settings.__enter__()
         self._figure = Figure(figsize=(self._width / 72, self._height / 72), layout="constrained")
         FigureCanvasSVG(self._figure)
@@ -349,8 +349,8 @@ def _rounded(tag: re.Match[str]) -> str:
     return re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), tag[0])
 
 
-def _drawing(name: str, width: int, height: int) -> _Drawing:
-    return _Drawing(name, width, height)
+def canvas(name: str, width: int, height: int) -> Drawing:
+    return Drawing(name, width, height)
 
 
 def _table(curves: Mapping[str, Sequence[float]]) -> np.ndarray:

@@ -1,0 +1,158 @@
+"""From evidence to the report: the one place where all parts come together."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from privfed import __version__
+from privfed.privacy.accountant import Accountant
+
+from . import compose, verdicts, words
+from .evidence import BookEvidence, Evidence, RunEvidence, Statement, gather
+from .model import About, Accounting, AuditReport, Composition, Curves, Fact, Figure, Verification
+
+
+def build(
+    targets: Sequence[Path],
+    *,
+    keys: Path | None = None,
+    delta: float | None = None,
+    statement: Statement | None = None,
+    baseline: Path | None = None,
+    accountant: Accountant | None = None,
+) -> AuditReport:
+    """The audit report about ledgers and runs. The same files give the same report: it reads no clock.
+
+    Args:
+        targets: ledger files and folders of runs that have ended.
+        keys: a JSON file, name: public key in hex, got from the sites by another way.
+        delta: at which ε is given; by default the runs' own, else 1e-5.
+        statement: what the curator states.
+        baseline: the folder of a run without privacy, for its figures.
+
+    Raises:
+        RunFolderError, ConfigError: a target can not be read as what it is given as.
+
+    Guarantees:
+        Every ε is recomputed from the ledgers' events. A ledger that does not verify gives a report that says so, with
+        the verdict UNSOUND-CLAIM.
+    """
+    accountant = accountant or Accountant()
+    evidence = gather(targets, keys=keys, delta=delta, statement=statement, baseline=baseline, accountant=accountant)
+    return assemble(evidence, accountant)
+
+
+def assemble(evidence: Evidence, accountant: Accountant) -> AuditReport:
+    """The report on what was read."""
+    accounts = compose.accounts(evidence, accountant)
+    spent = compose.totals(accounts, evidence.delta, accountant)
+    top = max(spent, key=lambda site: spent[site].value, default=None)
+    cost = spent[top] if top is not None else accountant.epsilon((), evidence.delta)
+    charges = [charge for account in accounts if account.site == top for charge in account.charges]
+    second = compose.second_opinions(charges, evidence.delta, accountant)
+    findings = verdicts.judge(evidence, accounts, spent, second, accountant)
+    budget = verdicts.budget_of(evidence)
+    runs = compose.run_lines(evidence)
+    audits = tuple(audit for run in evidence.runs for audit in run.audits or ())
+    broken = {finding.rule for finding in findings if finding.verdict == "UNSOUND-CLAIM"}
+    return AuditReport(
+        privfed=__version__,
+        verdict=verdicts.overall(findings),
+        findings=findings,
+        about=_about(evidence.statement),
+        claim=words.claim(
+            evidence,
+            accounts,
+            epsilon=compose.bounded(cost.value) if accounts else None,
+            void=bool(broken),
+            budget=(budget.epsilon, budget.delta) if budget else None,
+        ),
+        scope=words.scope(evidence),
+        composition=Composition(rule=words.RULE, ledgers=tuple(book.name for book in evidence.books), runs=runs),
+        sites=compose.site_losses(accounts),
+        adversaries=compose.adversary_lines(evidence, accounts, accountant),
+        thresholds=compose.thresholds(evidence),
+        mechanism=words.mechanism(evidence, accounts),
+        events=compose.event_groups(accounts),
+        accounting=Accounting(
+            accountant=cost.accountant,
+            versions=tuple(Fact(term=name, value=number) for name, number in compose.versions().items()),
+            tolerance=cost.tolerance,
+            notes=cost.notes,
+            second=second,
+        ),
+        execution=words.execution(evidence, accounts, audits),
+        audits=audits,
+        lineage=words.lineage(evidence, runs, accounts),
+        utility=_utility(evidence),
+        subgroup_gap="not measured: sites tell figures of all their test records together",
+        verification=tuple(_verification(book) for book in evidence.books),
+        hazards=words.hazards(evidence),
+        non_claims=words.NON_CLAIMS,
+        curves=Curves(
+            epsilon=compose.epsilon_curves(evidence, accounts, accountant),
+            accuracy=compose.accuracy_points([run for run in evidence.runs if run.private]),
+            metric=next((run.history.summary.utility.metric for run in evidence.runs), ""),
+            delta=compose.delta_curve(charges, accountant) if charges and math.isfinite(cost.value) else (),
+            noise=compose.noise_rounds(accounts),
+        ),
+    )
+
+
+def _about(statement: Statement) -> About:
+    return About(
+        curator=statement.curator,
+        purpose=statement.purpose,
+        data_product=statement.data_product,
+        date=statement.date,
+    )
+
+
+def _utility(evidence: Evidence) -> tuple[Figure, ...]:
+    lines = [figure for run in evidence.runs for figure in _figures(run, run.private)]
+    if evidence.baseline is not None:
+        lines += _figures(evidence.baseline, evidence.baseline.private)
+    return tuple(lines)
+
+
+def _figures(run: RunEvidence, private: bool) -> list[Figure]:
+    utility = run.history.summary.utility
+    suffix = "" if private else " of the non-private baseline"
+    names = {
+        "global_": f"global model{suffix}",
+        "personalized": f"personalised models{suffix}",
+        "local_only": "local only: each site alone, without noise",
+    }
+    lines = []
+    for field, model in names.items():
+        figure = getattr(utility, field)
+        if not private and field == "local_only":
+            continue
+        lines.append(
+            Figure(
+                run=run.run,
+                model=model,
+                metric=utility.metric,
+                mean=figure.mean,
+                worst_decile=figure.worst_decile,
+                sd=figure.sd,
+                status=utility.status if figure.mean is not None else "not released",
+            )
+        )
+    return lines
+
+
+def _verification(book: BookEvidence) -> Verification:
+    found = book.verified
+    return Verification(
+        ledger=book.name,
+        path=str(book.path),
+        verified=found is not None,
+        reason="everything was recomputed and holds" if found else book.failure,
+        bad_entry=book.bad_entry,
+        entries=sum(map(len, book.chains.values())),
+        signed=sum(site.signed for site in found.sites) if found else 0,
+        rounds_witnessed=found.rounds if found else 0,
+        keys=book.keys,
+        notes=found.notes if found else (),
+    )
