@@ -302,6 +302,9 @@ class Ledger:
         with self._explained():
             self._check_complete()
             rows = self._connection.execute("SELECT site, body FROM statements ORDER BY id").fetchall()
+        for number, (_, body) in enumerate(rows, start=1):
+            if type(body) is not bytes:  # SQLite stores what it is given, whatever the column says
+                raise LedgerCorrupt(self.path, "it is not a byte string", f"signed word {number}")
         return tuple(bytes(body) for name, body in rows if site is None or name == site)
 
     def verify(self) -> None:

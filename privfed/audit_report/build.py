@@ -54,7 +54,7 @@ def assemble(evidence: Evidence, accountant: Accountant) -> AuditReport:
     budget = verdicts.budget_of(evidence)
     runs = compose.run_lines(evidence)
     audits = tuple(audit for run in evidence.runs for audit in run.audits or ())
-    broken = {finding.rule for finding in findings if finding.verdict == "UNSOUND-CLAIM"}
+    broken = {finding.verdict for finding in findings} & {"UNSOUND-CLAIM", "AUDIT-VIOLATION"}
     return AuditReport(
         privfed=__version__,
         verdict=verdicts.overall(findings),

@@ -234,7 +234,7 @@ def _audits(path: Path) -> tuple[tuple[AuditResult, ...] | None, str]:
         if not isinstance(found, list):
             raise ValueError("it must be a list of results")
         return tuple(_audit(line) for line in found), ""
-    except (OSError, ValueError, TypeError, KeyError, msgspec.ValidationError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, msgspec.ValidationError) as error:
         return None, f"{path.name} can not be read: {error}"
 
 

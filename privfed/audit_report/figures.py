@@ -3,9 +3,11 @@
 import math
 from collections.abc import Sequence
 
+import dp_accounting
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+from scipy.special import ndtr
 
 from privfed.report.figures import EPSILON, GLOBAL, HURT, INK, LOCAL, MUTED, PERSONAL, Plot, canvas
 from privfed.report.words import delta_text, epsilon_text
@@ -13,6 +15,7 @@ from privfed.report.words import delta_text, epsilon_text
 from .model import AuditReport, AuditResult, Curve, Pair
 
 _STYLES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+_MOST_EPSILON = 100.0
 _FEW = 4  # up to so many curves are labelled one by one
 _COLOURS = (EPSILON, LOCAL, GLOBAL, PERSONAL)  # of audiences
 
@@ -171,28 +174,23 @@ def trade_off_plot(report: AuditReport) -> Plot | None:
         )
         worst = max(audited, key=lambda audit: audit.epsilon_lower or 0.0, default=None)
         for audit in audited:
-            place = audited_point(audit)
-            mark = drawing.axes.plot(
-                [place],
-                [place],
-                color=HURT,
-                marker="D" if audit is worst else "o",
-                markersize=7 if audit is worst else 4,
-            )[0]
+            x, y = audited_point(audit)
+            marker, size = ("D", 7) if audit is worst else ("o", 4)
+            mark = axes.plot([x], [y], color=HURT, marker=marker, markersize=size, clip_on=False)[0]
             drawing.name(mark, f"level {audit.level}, {audit.name}: ε ≥ {audit.epsilon_lower:.3g}")
+        least = 100 * float(least_misses(np.array([0.01]), pairs)[0])
         desc = (
             "Any attack that tries to tell whether a unit is in the data has false alarms and misses. The curve is the "
-            f"least that the claim allows: an attack with 1 % false alarms misses at least "
-            f"{100 * float(least_misses(np.array([0.01]), pairs)[0]):.0f} % of the units."
+            f"least that the claim allows: an attack with 1 % false alarms misses at least {least:.0f} % of the units."
         )
         if worst is not None:
-            place = audited_point(worst)
-            axes.annotate("audited", (place, place), xytext=(10, -14), textcoords="offset points", color=HURT)
-            where = "below the curve: the claim is refuted" if _below(place, pairs) else "above the curve"
-            desc += f" The strongest audit (level {worst.level}, {worst.name}) shows ε ≥ {worst.epsilon_lower:.3g}: "
-            desc += f"{where}."
+            x, y = audited_point(worst)
+            axes.annotate("audited", (x, y), xytext=(9, 7), textcoords="offset points", color=HURT)
+            refuted = (worst.epsilon_lower or 0.0) > (worst.claimed_epsilon or 0.0)
+            desc += f" The strongest audit (level {worst.level}, {worst.name}) shows ε ≥ {worst.epsilon_lower:.3g}, "
+            desc += f"{'more than' if refuted else 'not more than'} its claim of {worst.claimed_epsilon:.3g}."
         else:
-            desc += " No audit was run, so no audited point is drawn."
+            desc += " No audit was made, so no audited point is drawn."
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1)
         axes.set_xlabel("false alarms")
@@ -249,13 +247,18 @@ def least_misses(alpha: NDArray[np.float64], pairs: Sequence[tuple[float, float]
     return best
 
 
-def audited_point(audit: AuditResult) -> float:
-    """Where an attack that shows (ε, δ) makes as many false alarms as misses: (1 − δ) / (1 + e^ε)."""
-    return (1 - (audit.delta or 0.0)) / (1 + math.exp(min(audit.epsilon_lower or 0.0, 700.0)))
-
-
-def _below(place: float, pairs: Sequence[tuple[float, float]]) -> bool:
-    return place < float(least_misses(np.array([place]), pairs)[0])
+def audited_point(audit: AuditResult) -> tuple[float, float]:
+    """(false alarms, misses) of an attack: as it measured them, or where the Gaussian mechanism of its (ε, δ) has as
+    many of both, Φ(−μ/2)."""
+    measured = [audit.figures.get(name) for name in ("fpr_upper", "fnr_upper")]
+    if measured[0] is not None and measured[1] is not None:
+        return measured[0], measured[1]
+    lower = min(audit.epsilon_lower or 0.0, _MOST_EPSILON)
+    if lower <= 0:
+        return 0.5, 0.5
+    mu = 1 / dp_accounting.get_sigma_gaussian(lower, audit.delta or 1e-5)
+    place = float(ndtr(-mu / 2))
+    return place, place
 
 
 def _finite(pairs: Sequence[Pair]) -> list[tuple[float, float]]:
