@@ -16,11 +16,11 @@ from privfed.errors import ConfigError
 from privfed.privacy.accountant import Accountant, Epsilon
 from privfed.privacy.adversaries import Adversary, Deployment, Exposure, exposures
 from privfed.privacy.errors import PrivacyError
-from privfed.privacy.events import Charge, Event, Gaussian, NoiseSite, PatientMixture, PrivacyUnit, Skellam
+from privfed.privacy.events import Charge, Event, Gaussian, NoiseSite, PatientMixture, Skellam, from_canonical_json
 from privfed.privacy.ledger import Recorded
 from privfed.privacy.opinions import opinions
 from privfed.summary import worst
-from privfed.terms import deployment_of
+from privfed.terms import worthwhile_colluders
 from privfed.verification import Spends
 
 from .evidence import BookEvidence, Evidence, RunEvidence, base_run
@@ -147,7 +147,7 @@ def run_lines(evidence: Evidence) -> tuple[RunLine, ...]:
 
 # Adversaries
 
-_ALONE = "a ledger alone does not say whether the server saw sums or single vectors: give the folder of every run on it"
+_UNTOLD = "the ledger does not say whether the server saw sums or single vectors"
 
 
 def adversary_lines(
@@ -155,66 +155,74 @@ def adversary_lines(
 ) -> tuple[AdversaryLine, ...]:
     """ε against each adversary, recomputed from the events; the largest of any site.
 
-    Where the folders of the runs do not say what the server saw, there is no ε against it.
+    Each release counts as its entry says that it was made. Where an entry does not say what the server saw, there is no
+    ε against the server.
     """
-    deployment, colluders, known = _deployment(evidence, accounts)
-    if deployment is None:
-        reason = "the releases mix units or places of noise that have no common bound"
-        return tuple(
-            AdversaryLine(adversary=adversary.value, colluders=0, epsilon=None, reason=reason)
-            for adversary in Adversary
-            if adversary is not Adversary.COALITION
-        )
-    lines: list[tuple[Exposure, ...]] = []
+    colluders = _colluders(evidence, accounts)
+    lines, untold = list[tuple[Exposure, ...]](), False
     for account in accounts:
+        made: dict[Deployment, list[Charge]] = {}
+        for line in counted(account.lines):
+            how = deployment_in(line)
+            untold = untold or how is None
+            made.setdefault(how or _supposed(line), []).extend(line.entry.charges)
+        (first, charges), *others = made.items()
         try:
-            lines.append(exposures(deployment, account.charges, evidence.delta, accountant, colluders=colluders or ()))
+            lines.append(exposures(first, charges, evidence.delta, accountant, colluders=colluders, others=others))
         except PrivacyError as refusal:
             return (AdversaryLine(adversary="anybody", colluders=0, epsilon=None, reason=str(refusal)),)
     table = []
-    for line in worst(lines):
-        hidden = not known and line.adversary in (Adversary.SERVER.value, Adversary.COALITION.value)
-        value = None if hidden or line.epsilon is None else bounded(line.epsilon)
-        reason = _ALONE if hidden else line.reason
-        table.append(AdversaryLine(adversary=line.adversary, colluders=line.colluders, epsilon=value, reason=reason))
+    for worst_line in worst(lines):
+        hidden = untold and worst_line.adversary in (Adversary.SERVER.value, Adversary.COALITION.value)
+        value = None if hidden or worst_line.epsilon is None else bounded(worst_line.epsilon)
+        table.append(
+            AdversaryLine(
+                adversary=worst_line.adversary,
+                colluders=worst_line.colluders,
+                epsilon=value,
+                reason=_UNTOLD if hidden else worst_line.reason,
+            )
+        )
     return tuple(table)
 
 
-def _deployment(evidence: Evidence, accounts: Sequence[Account]) -> tuple[Deployment | None, tuple[int, ...], bool]:
-    """What decides who sees what, the least favourable of all runs; None where nothing bounds them all together.
+def counted(lines: Sequence[Recorded]) -> list[Recorded]:
+    """The spends that count: a settlement takes the place of its reserve."""
+    found: dict[tuple[object, ...], Recorded] = {}
+    for line in lines:
+        found[line.entry.kind == "charge", *_key(line)] = line
+    return list(found.values())
 
-    Returns:
-        The deployment, numbers of colluders worth a line, and whether every run that needs one brought its folder.
-    """
-    units = {line.entry.unit for account in accounts for line in account.lines}
-    places = {line.entry.noise for account in accounts for line in account.lines}
-    if len(units) != 1 or PrivacyUnit.NONE in units or (NoiseSite.CENTRAL in places and len(places) > 1):
-        return None, (), False
-    noise = next(iter(places)) if len(places) == 1 else NoiseSite.DISTRIBUTED
-    secure, thresholds, numbers = True, list[int](), set[int]()
-    needed = {
-        base_run(line.entry.run)
-        for account in accounts
-        for line in account.lines
-        if line.entry.noise is not NoiseSite.LOCAL
-    }
-    runs = [evidence.run_of(name) for name in sorted(needed)]
-    for run in runs:
-        if run is None:
-            continue
-        cohorts = run.history.cohorts
-        if not cohorts:
-            secure = False
-            continue
-        for cohort in cohorts:
-            own, counts = deployment_of(run.history.config, cohort)
-            secure = secure and own.secure_sum
-            thresholds += [own.threshold] if own.threshold is not None else []
-            numbers |= set(counts)
-    deployment = Deployment(
-        unit=next(iter(units)), noise=noise, secure_sum=secure, threshold=min(thresholds, default=None)
-    )
-    return deployment, tuple(sorted(numbers)), noise is NoiseSite.LOCAL or all(run is not None for run in runs)
+
+def deployment_in(line: Recorded) -> Deployment | None:
+    """Who saw what of a release, as its entry has it; None where it does not say and it matters."""
+    text = line.entry.metadata.get("deployment")
+    if text is not None:
+        try:
+            return from_canonical_json(text.encode(), Deployment)
+        except (ValueError, TypeError, msgspec.MsgspecError):
+            return None
+    return _supposed(line) if line.entry.noise is NoiseSite.LOCAL else None
+
+
+def _supposed(line: Recorded) -> Deployment:
+    """For adversaries who see no more than the sum in any case."""
+    return Deployment(unit=line.entry.unit, noise=line.entry.noise, secure_sum=True, threshold=None)
+
+
+def _colluders(evidence: Evidence, accounts: Sequence[Account]) -> tuple[int, ...]:
+    """Numbers of sites that stand by the server and are worth a line of their own."""
+    numbers = set[int]()
+    for account in accounts:
+        numbers |= {charge.event.colluders for charge in account.charges if isinstance(charge.event, Skellam)}
+        for line in account.lines:
+            how = deployment_in(line)
+            if how is not None and how.noise is NoiseSite.DISTRIBUTED:
+                numbers.add(how.threshold or 0)
+    for run in evidence.runs:
+        for cohort in run.history.cohorts if run.private else ():
+            numbers |= set(worthwhile_colluders(run.history.config, cohort))
+    return tuple(sorted(numbers - {0}))
 
 
 def thresholds(evidence: Evidence) -> tuple[Thresholds, ...]:

@@ -215,7 +215,7 @@ def _book(book: Book, delta: float, accountant: Accountant) -> BookEvidence:
 
 def _run(path: Path) -> RunEvidence:
     home = folder.RunFolder.open(path)
-    audits, failure = _audits(path / AUDIT)
+    audits, failure = _audits(path / AUDIT, home.facts().run)
     open_files = tuple(
         name
         for name in (folder.PERSONAL, folder.METRICS, folder.CHECKPOINT)
@@ -224,12 +224,14 @@ def _run(path: Path) -> RunEvidence:
     return RunEvidence(path, home.facts(), history.read(path), home.ledger(), audits, failure, open_files)
 
 
-def _audits(path: Path) -> tuple[tuple[AuditResult, ...] | None, str]:
+def _audits(path: Path, run: str) -> tuple[tuple[AuditResult, ...] | None, str]:
     if not path.exists():
         return None, ""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict):
+            if found.get("run", run) != run:
+                raise ValueError(f"it is about {found['run']}, not about {run}")
             found = found["audits"]
         if not isinstance(found, list):
             raise ValueError("it must be a list of results")

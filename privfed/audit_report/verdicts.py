@@ -16,7 +16,7 @@ from privfed.privacy.events import NoiseSite, PoissonGaussian, PrivacyUnit, Skel
 from privfed.privacy.ledger import Recorded
 from privfed.verification import Spends
 
-from .compose import Account, totals
+from .compose import Account, deployment_in, totals
 from .evidence import BookEvidence, Evidence, RunEvidence, Statement, base_run
 from .model import ORDER, AuditResult, Finding, Opinion, Verdict
 
@@ -281,6 +281,10 @@ def secure_sum_stood(lines: Sequence[Recorded], runs: Sequence[RunEvidence]) -> 
         for run in runs
         if run.run in shared and run.history.config.aggregation.kind == "plain"
     ]
+    for line in lines:
+        how = deployment_in(line)
+        if line.entry.noise is NoiseSite.DISTRIBUTED and how is not None and not how.secure_sum:
+            plain.append(f"{_name(line)}: booked without a secure sum")
     if plain:
         return _finding(
             "noise in shares has a secure sum",

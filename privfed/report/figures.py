@@ -180,7 +180,7 @@ def released_curve(rounds: Sequence[int], figures: Sequence[tuple[float, float |
     low = min(score - deviation for (score, _), deviation in zip(figures, known, strict=True))
     high = max(score + deviation for (score, _), deviation in zip(figures, known, strict=True))
     margin = max(0.06 * (high - low), 0.01)
-    with _drawing("released", 440, 290) as drawing:
+    with canvas("released", 440, 290) as drawing:
         axes = drawing.axes
         axes.plot(rounds, scores, color=GLOBAL, linewidth=1.2, alpha=0.5)
         axes.vlines(

@@ -213,7 +213,7 @@ def test_attack_on_personal_models_is_not_held_against_the_claim(good: Path, key
     assert any("Personal models were attacked" in hazard for hazard in report.hazards)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '[{"level": 1}]', '"x"'])
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '[{"level": 1}]', '"x"', '{"run": "other", "audits": []}'])
 def test_audits_that_can_not_be_read_decide_nothing(good: Path, keys: Path, tmp_path: Path, text: str) -> None:
     folder = Path(shutil.copytree(good, tmp_path / "run"))
     (folder / "audit.json").write_text(text)
@@ -389,12 +389,20 @@ def test_claim_is_what_the_run_cost(local: Path, shared: Path) -> None:
         assert [row[2] for row in ours] == pytest.approx([row[2] for row in theirs], rel=1e-6)
 
 
-def test_ledger_alone_does_not_say_what_the_server_saw(shared: Path) -> None:
+def test_ledger_alone_tells_the_adversaries_and_no_more(shared: Path) -> None:
     report = build(shared / "ledger.db")
-    by_name = {row.adversary: row for row in report.adversaries}
-    assert by_name["curious server"].epsilon is None and "folder" in by_name["curious server"].reason
-    assert by_name["external model user"].epsilon is not None
+    assert report.adversaries == build(shared).adversaries
     assert finding(report, "folders of all runs are given").verdict == "INCONCLUSIVE"
+
+
+def test_entries_that_do_not_say_what_the_server_saw_give_no_bound_against_it(tmp_path: Path) -> None:
+    event = Skellam(share_variance=2_196_608, shares=5, colluders=2, dim=64, l2_squared=652_864, l1=6464)
+    with Ledger(tmp_path / "ledger.db") as ledger:
+        ledger.charge(line(event, noise="distributed").entry)
+    by_name = {row.adversary: row for row in build(tmp_path / "ledger.db").adversaries}
+    assert by_name["curious server"].epsilon is None and "does not say" in by_name["curious server"].reason
+    assert by_name["server and colluding sites"].epsilon is None
+    assert by_name["external model user"].epsilon is not None
 
 
 def test_runs_on_one_ledger_compose(local: Path, tmp_path: Path) -> None:
