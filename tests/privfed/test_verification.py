@@ -248,14 +248,14 @@ def test_the_export_is_checked_without_privfed(run: Path, tmp_path: Path) -> Non
 
 
 def test_a_second_accountant_of_the_chain_agrees_with_the_ledgers(run: Path) -> None:
-    """`verification._Spends` reads settlements by its own rules."""
+    """`verification.Spends` reads settlements by its own rules."""
     with Ledger(run / "ledger.db") as ledger:
         for site in ledger.sites():
             if site == COORDINATOR:
                 continue
             chain = ledger.entries(site)
             dataset = chain[0].entry.dataset
-            own = verification._Spends(chain, dataset).upto(len(chain))
+            own = verification.Spends(chain, dataset).upto(len(chain))
             assert Accountant().epsilon(own, 1e-5).value == pytest.approx(
                 Accountant().epsilon(ledger.charges(site, dataset), 1e-5).value
             )
