@@ -88,12 +88,12 @@ def release_each(
     expected_batch_size: float,
     randomness: Sequence[np.random.Generator],
 ) -> Tensor:
-    """`release` of row k of ``clipped_sums`` float64[K, P] with generator k: the same bits, for many sites at once."""
+    """float64[K, P]: `release` of row k of ``clipped_sums`` with generator k: the same bits, for many sites at once."""
     noise = np.empty(tuple(clipped_sums.shape))
     for row, source in zip(noise, randomness, strict=True):
         source.standard_normal(out=row)
     noise *= noise_multiplier * max_grad_norm
-    return (clipped_sums.double() + torch.from_numpy(noise)).div_(expected_batch_size).to(clipped_sums.dtype)
+    return torch.from_numpy(noise).add_(clipped_sums).div_(expected_batch_size)
 
 
 def correlation(streams: Sequence[np.ndarray]) -> float:

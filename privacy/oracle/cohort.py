@@ -102,11 +102,13 @@ class CohortDoor:
         )
         for members, sums in blocks:
             answers[members] = release_each(
-                sums.cpu().double(),
+                sums.cpu(),
                 noise_multiplier=self._settings.noise_multiplier,
                 max_grad_norm=self._settings.max_grad_norm,
                 expected_batch_size=self._settings.denominator(batch._part),
-                randomness=[self._randomness[site] for site in members.tolist()],
+                randomness=self._randomness[members]
+                if isinstance(members, slice)
+                else [self._randomness[site] for site in members.tolist()],
             ).to(theta.dtype)
         return answers
 
@@ -126,8 +128,8 @@ def clipped_sums(
     *,
     max_grad_norm: float | None,
     memory_bytes: int = MEMORY_BYTES,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The sites' sums, block by block: int64[k], which sites; [k, P], Σ g · min(1, C/‖g‖) of each.
+) -> Iterator[tuple[Tensor | slice, Tensor]]:
+    """The sites' sums, block by block: which sites, as numbers int64[k] or a slice; [k, P], Σ g · min(1, C/‖g‖) of each.
 
     Args:
         theta: [K, P].
@@ -170,7 +172,7 @@ def _padded(values: Tensor, rows: Tensor, filled: Tensor, dtype: torch.dtype | N
     return padded
 
 
-def _blocks(counts: Tensor, network: StackedNetwork, memory_bytes: int) -> Iterator[tuple[Tensor, int, int]]:
+def _blocks(counts: Tensor, network: StackedNetwork, memory_bytes: int) -> Iterator[tuple[Tensor | slice, int, int]]:
     """Which sites are worked on together: members, the most records of one, and how many of these at once.
 
     Padding costs what records cost, so sites of very different size do not share a block.
@@ -187,5 +189,5 @@ def _blocks(counts: Tensor, network: StackedNetwork, memory_bytes: int) -> Itera
         if ragged:
             small = (at for at in range(begin + _FEW, len(order)) if sizes[order[at]] < 0.6 * width)
             end = min(end, next(small, end))
-        yield torch.tensor(order[begin:end]), width, at_once
+        yield torch.tensor(order[begin:end]) if ragged else slice(begin, end), width, at_once
         begin = end
