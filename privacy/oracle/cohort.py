@@ -129,7 +129,7 @@ def clipped_sums(
     max_grad_norm: float | None,
     memory_bytes: int = MEMORY_BYTES,
 ) -> Iterator[tuple[Tensor | slice, Tensor]]:
-    """The sites' sums, block by block: which sites, as numbers int64[k] or a slice; [k, P], Σ g · min(1, C/‖g‖) of each.
+    """The sites' sums, block by block: which sites, int64[k] or a slice; [k, P], Σ g · min(1, C/‖g‖) of each.
 
     Args:
         theta: [K, P].
