@@ -57,7 +57,7 @@ BARS = (
     Bar("ε = 1, shared noise − no privacy, same method: AUROC", at_least=-0.003),
     Bar("ε = 1, shared noise − local only: AUROC", at_least=0.02),
     Bar("ε = 1, shared noise − local only: worst decile", at_least=0.0),
-    Bar("strokes, 50 sites, record, shared noise, ε = 1", at_least=0.90),
+    Bar("pixels, 50 sites, record, shared noise, ε = 1", at_least=0.90),
 )
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DISK = "/dev/shm" if Path("/dev/shm").is_dir() else None  # this measures no disk
