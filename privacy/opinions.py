@@ -1,7 +1,7 @@
 """The same events through several accountants, side by side: ours, dp-accounting's, and Opacus's.
 
-They share no code for the numbers, so that a mistake in one shows. An accountant that does not bound an event says so;
-nobody answers for it.
+Three libraries, so that a mistake in one shows; only for Gaussians without sampling does ours ask dp-accounting itself.
+An accountant that does not bound an event says so; nobody answers for it.
 """
 
 import math

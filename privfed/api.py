@@ -242,24 +242,36 @@ def _drive(ready: Preparation, home: RunFolder, observer: Observer | None) -> Ru
                 )
                 if observer is not None:
                     observer(report)
-            cohort = cohort_of(config, len(consortium.sites))
-            deployment, colluders = deployment_of(config, cohort), worthwhile_colluders(config, cohort)
-            sends, delta = config.method.sends, config.privacy.delta
-            summary = summarize(
-                config,
-                run=facts.run,
-                spent={name: site.spent(config.privacy.delta) for name, site in consortium.sites.items()},
-                insecure=any(site.insecure_spends for site in consortium.sites.values()),
-                simulated=ready.data.simulated,
-                noise_multiplier=ready.noise_multiplier,
-                reports=reports,
-                retired=federation.retired,
-                stopped_early=stalled(reports, config.evaluation.patience) and len(reports) < config.rounds,
-                exposed=[site.exposures(deployment, delta, colluders) for site in consortium.sites.values() if sends],
-                seconds=earlier + (datetime.now(UTC) - started).total_seconds(),
-            )
+            seconds = earlier + (datetime.now(UTC) - started).total_seconds()
+            summary = _summarised(ready, federation, consortium, reports, seconds)
             _leave(ready, home, kept or federation.state, consortium, summary)
     return Run(home.path, summary, tuple(reports), (kept or federation.state)["theta"])
+
+
+def _summarised(
+    ready: Preparation,
+    federation: Federation,
+    consortium: Consortium,
+    reports: Sequence[RoundReport],
+    seconds: float,
+) -> Summary:
+    """The figures of the rounds done, with ε as it stands in the sites' ledgers now."""
+    config, sites = ready.config, consortium.sites
+    cohort, delta = cohort_of(config, len(sites)), config.privacy.delta
+    deployment, colluders = deployment_of(config, cohort), worthwhile_colluders(config, cohort)
+    return summarize(
+        config,
+        run=federation.run,
+        spent={name: site.spent(delta) for name, site in sites.items()},
+        insecure=any(site.insecure_spends for site in sites.values()),
+        simulated=ready.data.simulated,
+        noise_multiplier=ready.noise_multiplier,
+        reports=reports,
+        retired=federation.retired,
+        stopped_early=stalled(reports, config.evaluation.patience) and len(reports) < config.rounds,
+        exposed=[site.exposures(deployment, delta, colluders) for site in sites.values() if config.method.sends],
+        seconds=seconds,
+    )
 
 
 def _ended(home: RunFolder) -> Run:

@@ -7,6 +7,7 @@ in memory together (Goodfellow 2015; Li et al. 2022, "ghost clipping"; Bu et al.
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,7 +70,7 @@ class Pass:
         return self.entered.numel() + 2 * self.left.numel() + products
 
 
-class Leaf(nn.Module):
+class Leaf(nn.Module, ABC):
     """One layer of K networks.
 
     Args:
@@ -91,17 +92,17 @@ class Leaf(nn.Module):
         now.records = inputs.shape[0] // now.sites
         return self.apply_stacked(inputs)
 
+    @abstractmethod
     def apply_stacked(self, inputs: Tensor) -> Tensor:
         """The layer's outputs for inputs [K·B, …]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def square_norms(self, g: Tensor) -> Tensor:
         """[K, B]: each record's squared gradient norm, from the gradient of ``left``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weighted_sums(self, g: Tensor, factors: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """Σ over records of factor · gradient into ``weight`` [K, …] and ``bias`` [K, …]; ``factors`` is [K, B]."""
-        raise NotImplementedError
 
 
 class _Products(Leaf):

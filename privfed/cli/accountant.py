@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import accountant_report, ledger
+from .output import print_json
 
 if TYPE_CHECKING:
     from privfed.privacy.events import Charge
@@ -106,7 +107,7 @@ def delta_(
     delta = delta_for(epsilon, charges, ours)
     if as_json:
         method = ours.epsilon(charges, min(delta, 0.5))
-        _print_json(
+        print_json(
             {
                 "epsilon": epsilon,
                 "delta": delta,
@@ -147,7 +148,7 @@ def calibrate(
     z = noise_multiplier_for(epsilon, delta, plan, ours)
     reached = ours.epsilon(plan(z), delta)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "noise_multiplier": z,
                 "epsilon": reached.value,
@@ -182,7 +183,7 @@ def compare(
     _check_delta(delta)
     answers = opinions(charges, delta, Accountant())
     if as_json:
-        _print_json({"delta": delta, "unit": unit, "adjacency": adjacency, "accountants": list(answers)})
+        print_json({"delta": delta, "unit": unit, "adjacency": adjacency, "accountants": list(answers)})
         return
     typer.echo(f"ε at δ = {delta:g} for one {unit} ({adjacency}); every figure is an upper bound")
     for answer in answers:
@@ -212,7 +213,7 @@ def curve(
     if plot is not None:
         _plot(plot, [value for _, value in points], deltas, "ε", "δ", log=True)
     if as_json:
-        _print_json({"unit": unit, "adjacency": adjacency, "points": [{"delta": d, "epsilon": e} for d, e in points]})
+        print_json({"unit": unit, "adjacency": adjacency, "points": [{"delta": d, "epsilon": e} for d, e in points]})
         return
     typer.echo(f"for one {unit} ({adjacency})")
     for delta, value in points:
@@ -295,7 +296,7 @@ def _print_answer(
     answer: "Opinion", delta: float, noise_multiplier: list[float] | None, unit: str, adjacency: str
 ) -> None:
     finite = answer.epsilon is not None and math.isfinite(answer.epsilon)
-    _print_json(
+    print_json(
         {
             "epsilon": answer.epsilon if finite else None,
             "delta": delta,
@@ -344,9 +345,3 @@ def _plot(path: Path, across: list[float] | list[int], up: list[float], x: str, 
     except (OSError, ValueError) as error:
         raise ConfigError(f"can not write {path}: {error}") from None
     typer.echo(f"plot: {path}", err=True)
-
-
-def _print_json(value: object) -> None:
-    import msgspec
-
-    typer.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())

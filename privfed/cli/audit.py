@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .exits import NOT_VERIFIED
+from .output import print_json
 
 if TYPE_CHECKING:
     from privfed.privacy.audit.result import Audit
@@ -40,7 +41,6 @@ def command(
     """Attack a run's privacy: lower bounds of ε beside the claim. Exit code 4 if the claim is violated."""
     if out is not None and out.exists():  # before the waiting, not after it
         raise typer.BadParameter(f"{out} exists already: nothing was changed; give another --out")
-    import msgspec
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -76,7 +76,7 @@ def command(
         found = auditing.audit(target, levels=level, trials=trials, seed=seed, progress=shown)
     path = auditing.write(target, found, out)
     if json:
-        typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+        print_json(found)
     else:
         for one in found.audits:
             typer.echo(_line(one))

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .exits import FAILED
+from .output import print_json
 
 app = typer.Typer(help="Known data sets, and a check of your own table.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -28,7 +29,7 @@ def list_(json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] 
         state = "ok" if states == {"ok"} else "missing" if "missing" in states else "another version"
         rows.append({"name": known.name, "title": known.title, "state": state, "example": known.example})
     if json:
-        _print_json(rows)
+        print_json(rows)
         return
     typer.echo(f"in {_folder()} (the folder that PRIVFED_DATA names; nothing is downloaded)")
     for row in rows:
@@ -56,7 +57,7 @@ def describe(
         raise ConfigError(f"no data set {name!r}: {remedy}")
     states = {file.name: catalog.state_of(file, _folder()) for file in known.files}
     if json:
-        _print_json(dataclasses.asdict(known) | {"state": states})
+        print_json(dataclasses.asdict(known) | {"state": states})
         return
     typer.echo(f"{known.name}: {known.title}")
     for heading in ("layout", "traps", "licence", "obtain", "example"):
@@ -81,7 +82,7 @@ def check(
 
     found = look(file, label=label, site=site)
     if json:
-        _print_json(
+        print_json(
             {
                 "records": found.records,
                 "problems": len(found.problems),
@@ -98,9 +99,3 @@ def check(
         typer.echo(found.proposal, nl=False)
     if found.problems:
         raise typer.Exit(FAILED)
-
-
-def _print_json(value: object) -> None:
-    import msgspec
-
-    typer.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())

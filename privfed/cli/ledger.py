@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .output import print_json
+
 if TYPE_CHECKING:
     from privfed.privacy.ledger import Recorded
 
@@ -49,7 +51,7 @@ def show(
         listed = [_plain(line) for line in ledger.entries()] if entries else []
         about = {"ledger": ledger.id, "delta": delta, "sites": rows}
     if as_json:
-        _print_json({**about, "entries": listed} if entries else about)
+        print_json({**about, "entries": listed} if entries else about)
         return
     typer.echo(f"ledger {about['ledger']}, ε at δ = {delta:g}")
     for row in rows:
@@ -79,7 +81,7 @@ def verify(target: Target, delta: Delta = 1e-5, keys: Keys = None, as_json: AsJs
         for site in found.sites
     ]
     if as_json:
-        _print_json({**dataclasses.asdict(found), "sites": rows, "delta": delta, "verified": True})
+        print_json({**dataclasses.asdict(found), "sites": rows, "delta": delta, "verified": True})
         return
     total = sum(site.entries for site in found.sites)
     typer.echo(
@@ -140,7 +142,7 @@ def compose(
         for cost in [accountant.epsilon(charges, delta)]
     ]
     if as_json:
-        _print_json({"delta": delta, "ledgers": [str(target) for target in targets], "sites": rows})
+        print_json({"delta": delta, "ledgers": [str(target) for target in targets], "sites": rows})
         return
     typer.echo(f"{len(targets)} ledgers together, ε at δ = {delta:g} (worst case: every data set of a site, everybody)")
     for row in rows:
@@ -185,9 +187,3 @@ def _finite(value: float) -> float | None:
 
 def _bound(value: float | None) -> str:
     return "∞" if value is None else f"{value:.4g}"
-
-
-def _print_json(value: object) -> None:
-    import msgspec
-
-    typer.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())

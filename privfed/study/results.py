@@ -12,10 +12,11 @@ import pandas as pd
 from scipy import stats
 
 from privfed import folder
-from privfed.privacy.errors import NoGuarantee, PrivacyError
+from privfed.privacy import rdp
+from privfed.privacy.errors import NoGuarantee
 from privfed.privacy.events import Charge, PrivacyUnit
 from privfed.privacy.ledger import Ledger
-from privfed.privacy.tuning import epsilon_of_best
+from privfed.privacy.tuning import divergence_of, epsilon_of_best
 from privfed.seals import COORDINATOR
 from privfed.summary import Summary
 from privfed.verification import charges_of
@@ -175,22 +176,21 @@ def _choosing(cells: Sequence[Cell], home: Path) -> str:
     spent: list[tuple[Charge, ...]] = []
     for cell in private:
         path = home / CELLS / cell.id
-        try:
-            if (path / folder.SUMMARY).exists() and cell.seed == private[0].seed:
-                with Ledger(path / folder.LEDGER) as book:
-                    per_site = [charges_of([book], site) for site in book.sites() if site != COORDINATOR]
-                spent.append(max(per_site, key=lambda charges: sum(charge.count for charge in charges), default=()))
-        except PrivacyError:
+        if not (path / folder.SUMMARY).exists():
             continue
+        with Ledger(path / folder.LEDGER) as book:
+            per_site = [charges_of([book], site) for site in book.sites() if site != COORDINATOR]
+        delta = cell.config.privacy.delta
+        spent.append(max(per_site, key=lambda charges: rdp.epsilon(divergence_of(charges), delta)))
     if len(spent) < 2:
-        return "One setting or none makes a claim: nothing was chosen among private runs."
-    delta = private[0].config.privacy.delta
+        return "One run or none makes a claim: nothing was chosen among private runs."
+    delta = min(cell.config.privacy.delta for cell in private)
     try:
         best = f"ε = {epsilon_of_best(spent, delta):.3g} at δ = {delta:g}"
     except NoGuarantee as refusal:
         best = f"no bound ({refusal})"
     return (
-        f"Each ε above is that of one run. Whoever looks at {len(spent)} settings on real records and releases the "
+        f"Each ε above is that of one run. Whoever looks at {len(spent)} runs on real records and releases the "
         "best has spent more. If settings were drawn at random, as many as these on average by a geometric "
         f"distribution, and were compared by released figures alone, the best one has {best} (Papernot and Steinke "
         "2022, Theorem 2). For a fixed grid compared by internal figures, as here, no such bound holds: treat the "

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from privfed.privacy.accountant import Accountant
 from privfed.privacy.events import Charge, Event, Gaussian, NoiseSite, PoissonGaussian, PrivacyUnit, Skellam
 from privfed.privacy.ledger import Entry, Ledger, Recorded
 
+from .tampering import tamper
 from .test_report import CHROMIUM, Outline, _contrast
 
 ROOT = Path(__file__).parents[2]
@@ -107,20 +107,6 @@ def with_config(run: RunEvidence, section: str, **changes: Any) -> RunEvidence:
     changed = msgspec.structs.replace(getattr(config, section), **changes)
     history = dataclasses.replace(run.history, config=msgspec.structs.replace(config, **{section: changed}))
     return dataclasses.replace(run, history=history)
-
-
-def tamper(folder: Path, *statements: str) -> None:
-    """Change the file as its owner can, past its guards."""
-    raw = sqlite3.connect(folder / "ledger.db")
-    guards = raw.execute("SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'").fetchall()
-    for name, _ in guards:
-        raw.execute(f"DROP TRIGGER {name}")
-    for statement in statements:
-        raw.execute(statement)
-    for _, sql in guards:
-        raw.execute(sql)
-    raw.commit()
-    raw.close()
 
 
 # The verdict

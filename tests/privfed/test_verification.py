@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from privfed.seals import COORDINATOR, Seal, SealError
 from privfed.witness import Witness
 
 from .house import ACCOUNTANT, House, config
+from .tampering import tamper
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,20 +44,6 @@ def copy(run: Path, tmp_path: Path) -> Path:
 
 def check(target: Path, keys_file: Path | None = None) -> verification.Verification:
     return verification.verify(verification.find_book(target, keys_file), delta=1e-5, accountant=ACCOUNTANT)
-
-
-def tamper(folder: Path, *statements: str) -> None:
-    """Change the file as its owner can, past its guards."""
-    raw = sqlite3.connect(folder / "ledger.db")
-    guards = raw.execute("SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'").fetchall()
-    for name, _ in guards:
-        raw.execute(f"DROP TRIGGER {name}")
-    for statement in statements:
-        raw.execute(statement)
-    for _, sql in guards:
-        raw.execute(sql)
-    raw.commit()
-    raw.close()
 
 
 def test_what_a_run_leaves_verifies(run: Path) -> None:
