@@ -62,7 +62,7 @@ def main() -> None:
     cases = [(5, 10**4, 0)] if quick else [(20, 10**6, 0), (20, 10**6, 2), (20, 10**5, 0), (100, 10**5, 0)]
     cases += [] if quick else [(100, 10**6, 0), (100, 10**6, 10)]
     for n, dim, dropped in cases:
-        beside_flower(report, n=n, dim=dim, dropped=dropped, repeats=3 if n == 20 else 1)
+        beside_flower(report, n=n, dim=dim, dropped=dropped, repeats=7 if n == 20 else 1)
     many_clients(report, n=150 if quick else 1000, dim=10**3 if quick else 10**5)
     report.finish(options, BARS)
 
@@ -189,7 +189,7 @@ def beside_flower(report: Report, *, n: int, dim: int, dropped: int, repeats: in
         rounds.append(our_round(n=n, dim=dim, dropped=dropped))
         if flower is not None:
             threshold = rounds[0].session.threshold
-            peers.append(flower.measure(neighbours=n, threshold=threshold, dim=dim, dropped=dropped > 0))
+            peers.append(flower.measure(neighbours=n, threshold=threshold, dim=dim, dropped=dropped))
     client = Timing(tuple(each.client_seconds for each in rounds))
     server = Timing(tuple(each.server_seconds for each in rounds))
     session = rounds[0].session
