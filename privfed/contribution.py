@@ -9,7 +9,7 @@ from privfed.privacy.shared import ClientSum, RecordSum
 
 from . import doors
 from .config import Config
-from .doors import Split
+from .doors import Network, Split
 from .errors import PrivfedError
 from .methods import SingleQuery, State
 from .terms import Schema, Update, planned_charges
@@ -39,6 +39,7 @@ def contribute(
     *,
     noise_multiplier: float,
     key: bytes,
+    network: Network | None = None,
 ) -> Contribution:
     """The site's part in the round's sum.
 
@@ -48,6 +49,7 @@ def contribute(
         encoding: how the update becomes integers.
         key: bytes[32], secret, for this release alone: every random number derives from it, so that the same release
             can be made again after a crash.
+        network: as of `doors.private_door`; of no account where the claim is about the whole update, or none is made.
 
     Raises:
         PrivfedError: the method executed something else than it declared; nothing may be released.
@@ -56,7 +58,9 @@ def contribute(
     if isinstance(encoding, RecordSum):
         if not isinstance(method, SingleQuery):
             raise PrivfedError(f"method {type(method).__name__} asks for more than one gradient: not released")
-        shares = doors.share_door(config, schema, records, encoding, noise_multiplier=noise_multiplier, key=key)
+        shares = doors.share_door(
+            config, schema, records, encoding, noise_multiplier=noise_multiplier, key=key, network=network
+        )
         return Contribution(shares.noised_sum(method.point(state)), shares.charges, in_shares=True)
     if isinstance(encoding, ClientSum):
         exact = doors.exact_door(config, schema, records, noise.derive_key(key, b"draw"))
@@ -69,7 +73,7 @@ def contribute(
         return Contribution(
             encoding.grid.encode(update[0].numpy()), (Charge(Gaussian(noise_multiplier=0.0)),), in_shares=False
         )
-    private = doors.private_door(config, schema, records, noise_multiplier=noise_multiplier, key=key)
+    private = doors.private_door(config, schema, records, noise_multiplier=noise_multiplier, key=key, network=network)
     update = method.contribute(state, private)
     planned = planned_charges(config, encoding, noise_multiplier)
     if sorted(private.charges, key=repr) != sorted(planned, key=repr):

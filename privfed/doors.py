@@ -22,6 +22,9 @@ from .errors import ConfigError
 from .models import classification_loss
 from .terms import Schema, build_model, split_id, whole_group
 
+Network = tuple[nn.Module, Loss]
+"""A model and its loss, in the place of the run's own: for audits, whose canaries choose their gradients."""
+
 
 @dataclass(frozen=True)
 class Split:
@@ -74,13 +77,13 @@ def private_door(
     *,
     noise_multiplier: float,
     key: bytes,
-    network: tuple[nn.Module, Loss] | None = None,
+    network: Network | None = None,
 ) -> OpacusDoor:
     """The door of noise that each site adds for itself.
 
     Args:
         key: bytes[32], secret: draws and noise come from it.
-        network: instead of the run's own model and loss; for audits, whose canaries choose their gradients.
+        network: instead of the run's own; fresh, the door makes it its own.
 
     Raises:
         ConfigError: the claim is about patients, and the records name none.
@@ -118,10 +121,18 @@ def private_door(
 
 
 def share_door(
-    config: Config, schema: Schema, records: Split, shared: RecordSum, *, noise_multiplier: float, key: bytes
+    config: Config,
+    schema: Schema,
+    records: Split,
+    shared: RecordSum,
+    *,
+    noise_multiplier: float,
+    key: bytes,
+    network: Network | None = None,
 ) -> ShareDoor:
     """The door of noise that all sites add together; arguments as of `private_door`."""
-    door = private_door(config, schema, records, noise_multiplier=noise_multiplier, key=noise.derive_key(key, b"draw"))
+    drawn = noise.derive_key(key, b"draw")
+    door = private_door(config, schema, records, noise_multiplier=noise_multiplier, key=drawn, network=network)
     return ShareDoor(door, shared, noise.derive_key(key, b"release"))
 
 

@@ -42,7 +42,7 @@ from . import evaluation, figures, parameters, wire
 from .config import Config, Policy, SideNoise
 from .contribution import Contribution, contribute
 from .data.records import SiteData
-from .doors import Split, check_units, local_door, split
+from .doors import Network, Split, check_units, local_door, split
 from .errors import LedgerKeyError, PrivfedError
 from .methods import Local, State
 from .models import classification_loss
@@ -132,6 +132,7 @@ class Site:
         pool: `workers` that share the encryption of a long vector.
         clock: gives an aware datetime, for the dates on what it signs.
         self_test: of its noise; shared among simulated sites, which share the code.
+        network: makes the model and the loss that gradients come from, instead of the run's own; for audits alone.
 
     Guarantees:
         What leaves is an aggregation message, a refusal, or evaluation figures. A refused plan touches no record. The
@@ -157,6 +158,7 @@ class Site:
         pool: Executor | None = None,
         clock: Callable[[], datetime] = utc_now,
         self_test: SelfTest | None = None,
+        network: Callable[[], Network] | None = None,
     ) -> None:
         self.name = identity.name
         self._identity, self._roster = identity, roster
@@ -175,7 +177,7 @@ class Site:
             )
         self._ledger, self._accountant, self._clock = ledger, accountant, clock
         self._journal, self._pool = _Replayable(journal), pool
-        self._self_test = self_test or SelfTest()
+        self._self_test, self._network = self_test or SelfTest(), network
         self._noise_key, self._split_key = noise_key, split_key
         self._insecure, self._policy = insecure, policy
         self._run: tuple[str, tuple[Config, float, SideNoise]] | None = None
@@ -381,6 +383,7 @@ class Site:
             encoding,
             noise_multiplier=current.plan.noise_multiplier,
             key=key,
+            network=self._network() if self._network is not None else None,
         )
 
     def _counts(self, config: Config, state: State, records: Split, encoding: CountSum) -> NDArray[np.int64]:

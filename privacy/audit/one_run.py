@@ -1,5 +1,6 @@
 """Level 3: one run with many canaries, each in it or not by its own fair coin."""
 
+from bisect import bisect_right
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -17,7 +18,7 @@ Run = Callable[[NDArray[np.bool_]], _Floats]
 
 _GUESSED = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)  # shares of the canaries that may be guessed at
 LEAST_CANARIES = 10
-_SHOWN = tuple(1 - step / 20 for step in range(17))
+_SHOWN = tuple(step / 100 for step in range(101))  # what canaries may show of what ideal ones do
 _SIMULATIONS = 200
 
 
@@ -157,7 +158,9 @@ def _power(claim: Curve, number: int, guesses: int, correct: int, alpha: float) 
     would not have moved it with half of the noise either: the power is that of canaries as weak as these. A mechanism
     that hides more than it claims looks the same, and is then not supported, which is the careful side.
     """
-    shown = next((s for s in _SHOWN if _ideal_correct(claim, s, number, guesses).mean() <= correct), 0.0)
+    shown = _SHOWN[
+        bisect_right(_SHOWN, correct, lo=1, key=lambda s: _ideal_correct(claim, s, number, guesses).mean()) - 1
+    ]
     least = _least_correct(claim, number, guesses, alpha)
     return float((_ideal_correct(claim, 2 * shown, number, guesses) >= least).mean()), shown
 

@@ -50,12 +50,20 @@ class Stage:
     sides: dict[bool, Split] = field(repr=False)
 
 
+def carriers(gradients: NDArray[np.float64], units: NDArray[np.uint64]) -> SiteData:
+    """Records that carry ``gradients`` float64[n, dim], of ``units`` uint64[n]."""
+    inputs = torch.from_numpy(gradients).float()
+    return SiteData(np.arange(len(units), dtype=np.uint64), inputs, torch.zeros(len(units), dtype=torch.int64), units)
+
+
+def copies_of(config: Config) -> int:
+    """Records of one unit: of a patient more than may count, so that a door shows whether it clips them together."""
+    return (config.privacy.max_records or 1) + 2 if config.privacy.unit is PrivacyUnit.PATIENT else 1
+
+
 def records_of(config: Config, gradients: NDArray[np.float64], units: NDArray[np.uint64], parts: list[str]) -> Split:
     """Training records that carry ``gradients`` float64[n, dim], of ``units`` uint64[n], in ``parts`` (n names)."""
-    inputs = torch.from_numpy(gradients).float()
-    everyone = SiteData(
-        np.arange(len(units), dtype=np.uint64), inputs, torch.zeros(len(units), dtype=torch.int64), units
-    )
+    everyone = carriers(gradients, units)
     rows = {ALL: torch.arange(len(units))}
     for name in config.method.parts:
         rows[name] = torch.tensor([row for row, part in enumerate(parts) if part == name], dtype=torch.int64)
@@ -77,9 +85,7 @@ def stage(config: Config, schema: Schema, state: State) -> Stage:
     """
     dim = len(state["theta"])
     privacy = config.privacy
-    copies = (privacy.max_records or 1) + 2  # of the canary's patient: more than may count
-    if privacy.unit is not PrivacyUnit.PATIENT:
-        copies = 1
+    copies = copies_of(config)
     canary = LOUD * privacy.max_grad_norm * np.eye(dim)[:1].repeat(copies, axis=0)
     others = privacy.max_grad_norm * np.eye(dim)[1:3]
     parts = list(config.method.parts) or [ALL]

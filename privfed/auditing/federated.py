@@ -25,17 +25,14 @@ from .. import doors, wire
 from ..cohort import cohort_of
 from ..config import Aggregation, Config, Evaluation, Model
 from ..data.records import SiteData, Sites, keyed_fraction, public_split_key
-from ..doors import Split
 from ..engines.local import Engine
 from ..errors import ConfigError
 from ..federation import Federation
 from ..parameters import decode as decode_state
-from ..parameters import to_vector
 from ..simulation.consortium import open_consortium
 from ..terms import (
     Schema,
     Update,
-    build_model,
     claimed_colluders,
     encoding_of,
     parameter_count,
@@ -45,23 +42,22 @@ from ..terms import (
     split_id,
     whole_group,
 )
-from .canaries import everyone_drawn
+from .canaries import LOUD, carrier, carriers, copies_of, exact_update, records_of
 from .target import Target
 
 _Floats = NDArray[np.float64]
 
-CANARIES = 1000
-_OTHERS = 4  # records of every site besides
-_LOUD = 4.0  # a canary's gradient at the start over the clip: the more, the sooner its loss saturates
+CANARIES = 2000  # with half as many, four of ten sound runs at ε = 8 would go unsupported
+_OTHERS = 4  # records of the first site besides, and of every other site
 
 
 def audit_run(target: Target, *, canaries: int | None, seed: int, progress: Callable[[int, int], None]) -> Audit:
     """Whether one simulated run of all sites and rounds tells more of its records than is claimed.
 
-    The run's method, rounds, sampling, clip, noise and sites, on a made-up table with one input for each canary and
-    logistic regression, so that canaries are orthogonal in what they ask of the model. Each stands in the first site or
-    not by its own coin. The auditor sees, under noise of each site's own, what that site uploads (plain aggregation in
-    the simulation); under noise in shares, the sum that the server sees. The claim is what the simulated ledger books.
+    The run's method, rounds, sampling, clip, noise and sites, over records that carry gradients: each canary's is a
+    direction of its own, orthogonal to all others, whatever the model has become. Each stands in the first site or not
+    by its own coin. The auditor sees, under noise of each site's own, what that site uploads (plain aggregation in the
+    simulation); under noise in shares, the sum that the server sees. The claim is what the simulated ledger books.
 
     Raises:
         ConfigError: there is no claim, or it is about whole sites, of which there are too few for one run.
@@ -73,7 +69,7 @@ def audit_run(target: Target, *, canaries: int | None, seed: int, progress: Call
             "use --level 1"
         )
     number = canaries or CANARIES
-    config, schema = _simulated(target, seed), Schema(features=number, classes=2)
+    config, schema = _simulated(target, seed), _room_for(number + _OTHERS)
     cast = _Cast(config, schema, number, seed)
     charges = _charges(target, config, schema, cast.part)
     local = config.privacy.noise is NoiseSite.LOCAL
@@ -85,38 +81,43 @@ def audit_run(target: Target, *, canaries: int | None, seed: int, progress: Call
         delta=config.privacy.delta,
         seed=seed,
         curve=curve_of(charges),
-        note=f"{number} canaries with orthogonal inputs in one site; logistic regression on {number} made-up inputs, "
-        f"the run's own method, rounds, sampling, clip and noise. The auditor sees "
-        f"{'what that site uploads' if local else 'the sum that the server sees, as the server alone'}",
+        note=f"{number} canaries in one site, each with a gradient of its own direction and {LOUD:g} times the clip "
+        f"long; the run's own method, rounds, sampling, clip and noise in {schema_size(schema)} coordinates. The "
+        f"auditor sees {'what that site uploads' if local else 'the sum that the server sees, as the server alone'}",
     )
 
 
+def schema_size(schema: Schema) -> int:
+    """Parameters of a network of one layer."""
+    return (schema.features + 1) * schema.classes
+
+
+def _room_for(directions: int) -> Schema:
+    """A table whose logistic regression has at least so many parameters: what sites and server take the size from."""
+    return Schema(features=-(-directions // 2), classes=2)
+
+
 class _Cast:
-    """The canaries: records float32[m, m], labels, ids that are for training, and where each shows."""
+    """The canaries: gradients float64[m, P], ids of their units that are for training, and where each shows."""
 
     def __init__(self, config: Config, schema: Schema, number: int, seed: int) -> None:
         random = np.random.default_rng([seed, number, 2])
-        # At the zero model a record's gradient is (±½, ∓½) ⊗ (x, 1): its norm is ‖(x, 1)‖ / √2
-        length = _LOUD * config.privacy.max_grad_norm * 2**0.5
-        self.inputs = torch.from_numpy(one_run.canaries(number, number, norm=length, randomness=random)).float()
-        self.targets = torch.from_numpy(random.integers(0, 2, number))
-        self.part, self.sign = _shows(config, schema, self.inputs[:1])
+        length, size = LOUD * config.privacy.max_grad_norm, schema_size(schema)
+        directions = one_run.canaries(number + _OTHERS, size, norm=length, randomness=random)
+        self.others, self.canaries = directions[:_OTHERS], directions[_OTHERS:]
+        self.part, self.sign = _shows(config, schema, self.canaries[0])
         self.ids = training_ids(config, number + _OTHERS, self.part, random)
+        self.copies = copies_of(config)
 
     def site(self, included: NDArray[np.bool_]) -> SiteData:
         """The site's table: others, and the canaries whose coin fell so."""
-        rows = torch.from_numpy(np.flatnonzero(included))
-        inputs = torch.cat([torch.zeros(_OTHERS, self.inputs.shape[1]), self.inputs[rows]])
-        targets = torch.cat([torch.arange(_OTHERS) % 2, self.targets[rows]])
-        ids = np.concatenate([self.ids[:_OTHERS], self.ids[_OTHERS:][included]])
-        return SiteData(ids, inputs, targets, ids)
+        units = np.concatenate([self.ids[:_OTHERS], self.ids[_OTHERS:][included]]).repeat(self.copies)
+        gradients = np.concatenate([self.others, self.canaries[included]]).repeat(self.copies, axis=0)
+        return carriers(gradients, units)
 
     def scores(self, releases: _Floats) -> _Floats:
         """float64[m]: how far the sum of releases float64[T, P] lies in each canary's direction."""
-        weights = releases.sum(axis=0)[: 2 * self.inputs.shape[1]].reshape(2, -1)
-        along = self.inputs.numpy().astype(np.float64) @ (weights[1] - weights[0])
-        labels = 1.0 - 2.0 * self.targets.numpy()
-        return np.asarray(self.sign * labels * along)
+        return self.sign * one_run.white_box(releases, self.canaries)
 
 
 def training_ids(config: Config, number: int, part: str, random: np.random.Generator) -> NDArray[np.uint64]:
@@ -132,20 +133,13 @@ def training_ids(config: Config, number: int, part: str, random: np.random.Gener
     return np.concatenate(found)[:number]
 
 
-def _shows(config: Config, schema: Schema, canary: torch.Tensor) -> tuple[str, float]:
-    """The part in which a canary of label 0 shows in the site's update, and in which direction."""
-    state = config.method.init_server(to_vector(build_model(config, schema)))
-    record = SiteData(np.zeros(1, np.uint64), canary, torch.zeros(1, dtype=torch.int64))
+def _shows(config: Config, schema: Schema, canary: _Floats) -> tuple[str, float]:
+    """The part in which a canary shows in the site's update, and whether along its direction or against it."""
+    state = config.method.init_server(torch.zeros(schema_size(schema)))
     for part in config.method.parts or {ALL: 1.0}:
-        nobody, somebody = torch.arange(0), torch.arange(1)
-        rows = {name: somebody if name in (part, ALL) else nobody for name in (ALL, *config.method.parts)}
-        records = Split(record, record.rows(np.zeros(1, dtype=bool)), rows)
-        update = config.method.contribute(state, doors.exact_door(everyone_drawn(config), schema, records, bytes(32)))[
-            0
-        ]
-        weights = update[: 2 * canary.shape[1]].reshape(2, -1)
-        along = float((weights[1] - weights[0]) @ canary[0])
-        if along != 0:  # exact gradients: a part that does not show gives 0
+        records = records_of(config, canary[None], np.zeros(1, np.uint64), [part])
+        along = float(exact_update(config, schema, records, state) @ canary) / float(canary @ canary)
+        if abs(along) > 1e-6:  # a part that does not show gives the noise of a door that adds next to none
             return part, float(np.sign(along))
     raise ConfigError(f"no canary shows in what method {type(config.method).__name__} sends: it can not be audited")
 
@@ -217,6 +211,7 @@ def _scores_of_a_run(
                 ledger=Path(folder) / "ledger.db",
                 journal=Path(folder) / "journal.db",
                 accountant=target.ready.accountant,
+                network=lambda: carrier(schema_size(schema)),
             ) as consortium,
         ):
             tap = _Tap(consortium.engine, names[0])
@@ -226,7 +221,7 @@ def _scores_of_a_run(
                 roster=consortium.roster,
                 engine=tap,
                 noise_multiplier=target.noise_multiplier,
-                state=config.method.init_server(to_vector(build_model(config, schema))),
+                state=config.method.init_server(torch.zeros(schema_size(schema))),
                 schema=schema,
                 server_key=bytes(32),
             )
@@ -241,7 +236,7 @@ def _scores_of_a_run(
 
 
 class _Federation(Federation):
-    """A coordinator that keeps the sums it is given, up to a constant factor."""
+    """A coordinator that keeps the sums it is given, up to a constant factor, and asks for no figures."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -250,6 +245,9 @@ class _Federation(Federation):
     def _serve(self, result: AggregationResult, encoding: Update, number: int) -> None:
         self.sums.append(encoding.decode(result.total, summands=len(result.contributors)))
         super()._serve(result, encoding, number)
+
+    def _evaluate(self, *_: object) -> dict[str, wire.Measurement]:
+        return {}  # there is nothing to be good at: the records are gradients
 
 
 class _Tap:

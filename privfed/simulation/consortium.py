@@ -1,7 +1,7 @@
 """A whole consortium in one process: sites, identities and the engine between them."""
 
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from privfed.privacy.selftest import SelfTest
 from .. import keyring
 from ..config import Config
 from ..data.records import Sites, public_split_key
+from ..doors import Network
 from ..engines.local import Engine, Handler, LocalEngine
 from ..errors import ConfigError, RunFolderError
 from ..key_holder import KeyHolder, SiteWithKey
@@ -46,11 +47,21 @@ class Consortium:
 
 @contextmanager
 def open_consortium(
-    config: Config, data: Sites, schema: Schema, *, ledger: Path, journal: Path, accountant: Accountant
+    config: Config,
+    data: Sites,
+    schema: Schema,
+    *,
+    ledger: Path,
+    journal: Path,
+    accountant: Accountant,
+    network: Callable[[], Network] | None = None,
 ) -> Iterator[Consortium]:
     """Sites over the ledger at ``ledger``, whose key file gives each of them its own secrets.
 
     The same ledger gives the same identities and noise keys again, so that an interrupted run goes on as itself.
+
+    Args:
+        network: as of `Site`.
 
     Raises:
         ConfigError: from `members`.
@@ -89,6 +100,7 @@ def open_consortium(
                 accountant=accountant,
                 pool=pool,
                 self_test=self_test,
+                network=network,
             )
             for name, records in data.sites.items()
         }

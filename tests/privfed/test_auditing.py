@@ -110,6 +110,7 @@ def test_a_missing_clip_is_a_violation(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(opacus.OpacusDoor, "_clipped_sum", unclipped)
     assert attacked(KINDS["local"], 1, trials=100).verdict == "violation"
+    assert attacked(KINDS["local"], 3, trials=100).verdict == "violation"
     found = attacked(KINDS["local"], 2)
     assert found.verdict == "violation" and "clip: one unit moves the clipped sum by 10" in found.note
 
@@ -149,6 +150,23 @@ def test_one_federated_run_shows_its_canaries_and_not_too_much(kind: str) -> Non
     assert found.trials == 300
 
 
+def test_canaries_show_through_all_rounds_what_ideal_ones_do() -> None:
+    """True ε = 8 over eight rounds at real sites: a bound of 3 and more, and the power of the ideal mechanism."""
+    privacy = Privacy(target_epsilon=8.0, sample_rate=1.0, expected_batch_size=10.0)
+    found = attacked(config(rounds=8, privacy=privacy), 3, trials=1000)
+    assert 7.5 < (found.claimed_epsilon or 0.0) <= 8 and found.verdict in ("supported", "inconclusive")
+    assert found.epsilon_lower >= 3
+    assert found.figures["canaries_show"] >= 0.9  # the standard deviation of ideal runs is below 0.04
+    assert (found.power or 0.0) >= 0.75  # ideal runs: from 0.77
+
+
+def test_a_third_of_the_noise_under_a_claim_of_two_is_a_violation_of_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opacus, "release", weak_release(3.0))
+    privacy = Privacy(target_epsilon=2.0, sample_rate=1.0, expected_batch_size=10.0)
+    found = attacked(config(rounds=3, privacy=privacy), 3, trials=1000)
+    assert found.verdict == "violation" and 1.9 < (found.claimed_epsilon or 0.0) <= 2
+
+
 def test_patients_are_audited_as_patients(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several loud records of one patient count as one; a door that clips them one by one is found out."""
     prepared = api.prepare(config())
@@ -161,8 +179,8 @@ def test_patients_are_audited_as_patients(monkeypatch: pytest.MonkeyPatch) -> No
     )
     assert first.verdict != "violation" and third.audits[0].verdict != "violation"
     monkeypatch.setattr("privfed.privacy.oracle.patients.PatientDoor._sum_over", opacus.OpacusDoor._sum_over)
-    broken = auditing.audit(target, levels=[1, 2], trials=100).audits
-    assert [one.verdict for one in broken] == ["violation", "violation"]
+    broken = auditing.audit(target, levels=[1, 2, 3], trials=100).audits
+    assert [one.verdict for one in broken] == ["violation"] * 3
 
 
 def test_the_audit_can_be_done_again_from_its_seed() -> None:
