@@ -32,7 +32,15 @@ from .selection import best, check_selection, stalled
 from .simulation.consortium import Consortium, members, open_consortium
 from .standardisation import fold
 from .summary import Summary, metrics_line, report_of, summarize
-from .terms import Schema, build_model, checked_encoding, deployment_of, parameter_count, worthwhile_colluders
+from .terms import (
+    Schema,
+    build_model,
+    checked_encoding,
+    deployment_of,
+    parameter_count,
+    update_size,
+    worthwhile_colluders,
+)
 
 Observer = Callable[[RoundReport], None]
 
@@ -101,7 +109,8 @@ def prepare(config: Config, *, facts: RunFacts | None = None) -> Preparation:
         noise_multiplier, side_noise = noise_levels(config, cohort, schema, accountant)
     else:
         noise_multiplier, side_noise = facts.noise_multiplier, facts.side_noise
-    checked_encoding(config, cohort, parameter_count(config, schema), noise_multiplier)
+    size = update_size(config, schema.features, parameter_count(config, schema))
+    checked_encoding(config, cohort, size, noise_multiplier)
     return Preparation(
         config=config,
         data=data,
@@ -206,7 +215,7 @@ def _drive(ready: Preparation, home: RunFolder, observer: Observer | None) -> Ru
             _same_records(home, consortium)
             home.keep_metrics(lines)  # a line beyond the checkpoint is of the round that is now done again
             for name, private in checkpoint.sites.items():
-                consortium.sites[name].restore(private)
+                consortium.sites[name].restore(private, checkpoint.shared.get(name, {}))
             federation = Federation(
                 config=config,
                 run=facts.run,
@@ -238,6 +247,7 @@ def _drive(ready: Preparation, home: RunFolder, observer: Observer | None) -> Ru
                         {name: site.private_state for name, site in consortium.sites.items()},
                         federation.retired,
                         kept,
+                        {name: site.shared_state for name, site in consortium.sites.items()},
                     )
                 )
                 if observer is not None:

@@ -28,6 +28,10 @@ class Model(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         tuple[Annotated[int, Meta(ge=1, le=65536)], ...],
         Meta(description="widths of the hidden layers; [] is logistic regression"),
     ] = ()
+    norm: Annotated[
+        str,
+        Meta(pattern="^(none|group)$", description='"group" normalises the hidden values of each record by themselves'),
+    ] = "none"
 
 
 class Privacy(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -12,7 +12,7 @@ from .config import Config
 from .doors import Network, Split
 from .errors import PrivfedError
 from .methods import SingleQuery, State
-from .terms import Schema, Update, planned_charges
+from .terms import Schema, Update, planned_charges, sent
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,13 @@ class Contribution:
         vector: int64[dim], as the aggregation adds it.
         charges: what was executed; for noise in shares at its worst, with the fewest shares in the sum.
         in_shares: the final charge depends on who contributes.
+        shared: the site's next shared state.
     """
 
     vector: IntVector = field(repr=False)
     charges: tuple[Charge, ...]
     in_shares: bool
+    shared: State = field(default_factory=dict, repr=False)
 
 
 def contribute(
@@ -35,6 +37,7 @@ def contribute(
     schema: Schema,
     records: Split,
     state: State,
+    shared: State,
     encoding: Update,
     *,
     noise_multiplier: float,
@@ -46,6 +49,7 @@ def contribute(
     Args:
         records: behind the doors.
         state: what the server sent.
+        shared: the site's shared state, from `FederatedMethod.init_site` or an earlier contribution.
         encoding: how the update becomes integers.
         key: bytes[32], secret, for this release alone: every random number derives from it, so that the same release
             can be made again after a crash.
@@ -55,6 +59,7 @@ def contribute(
         PrivfedError: the method executed something else than it declared; nothing may be released.
     """
     method = config.method
+    leaves = sent(config, schema.features, len(state["theta"]))
     if isinstance(encoding, RecordSum):
         if not isinstance(method, SingleQuery):
             raise PrivfedError(f"method {type(method).__name__} asks for more than one gradient: not released")
@@ -64,20 +69,20 @@ def contribute(
         return Contribution(shares.noised_sum(method.point(state)), shares.charges, in_shares=True)
     if isinstance(encoding, ClientSum):
         exact = doors.exact_door(config, schema, records, noise.derive_key(key, b"draw"))
-        update = method.contribute(state, exact)
-        vector = encoding.encode(update[0].numpy(), noise.derive_key(key, b"release"))
-        return Contribution(vector, (Charge(encoding.event()),), in_shares=not encoding.at_server)
+        update, after = method.contribute(state, shared, exact)
+        vector = encoding.encode(update[0, leaves].numpy(), noise.derive_key(key, b"release"))
+        return Contribution(vector, (Charge(encoding.event()),), in_shares=not encoding.at_server, shared=after)
     if config.privacy.unit is PrivacyUnit.NONE:
-        update = method.contribute(state, doors.exact_door(config, schema, records, key))
+        update, after = method.contribute(state, shared, doors.exact_door(config, schema, records, key))
         # An update without noise is booked as what it is: ε of these records is infinite from now on.
-        return Contribution(
-            encoding.grid.encode(update[0].numpy()), (Charge(Gaussian(noise_multiplier=0.0)),), in_shares=False
-        )
+        free = (Charge(Gaussian(noise_multiplier=0.0)),)
+        return Contribution(encoding.grid.encode(update[0, leaves].numpy()), free, in_shares=False, shared=after)
     private = doors.private_door(config, schema, records, noise_multiplier=noise_multiplier, key=key, network=network)
-    update = method.contribute(state, private)
+    update, after = method.contribute(state, shared, private)
     planned = planned_charges(config, encoding, noise_multiplier)
     if sorted(private.charges, key=repr) != sorted(planned, key=repr):
         raise PrivfedError(
             f"method {type(method).__name__} executed {private.charges}, declared {planned}: not released"
         )
-    return Contribution(encoding.grid.encode(update[0].numpy()), private.charges, in_shares=False)
+    vector = encoding.grid.encode(update[0, leaves].numpy())
+    return Contribution(vector, private.charges, in_shares=False, shared=after)

@@ -41,6 +41,7 @@ from .terms import (
     count_sum,
     key_holder_of,
     plan_encoding,
+    sent,
     session_of,
     side_encoding,
 )
@@ -153,7 +154,9 @@ class Federation:
         # A key holder that is no site is in the roster, but in no cohort.
         alone = self._key_holder if config.aggregation.key_holder is None else None
         self._sites = [index for index in self._names if index != alone]
-        checked_encoding(config, cohort_of(config, len(self._sites)), len(state["theta"]), noise_multiplier)
+        self._features = schema.features if schema else 1
+        self._sent = sent(config, self._features, len(state["theta"]))
+        checked_encoding(config, cohort_of(config, len(self._sites)), int(self._sent.sum()), noise_multiplier)
 
     def rounds(self) -> Iterator[RoundReport]:
         """Run the rounds one by one, until all are done or too few sites are left. The state is current at each."""
@@ -182,12 +185,11 @@ class Federation:
         Raises:
             ConfigError, NoGuarantee: the reason.
         """
-        checked_encoding(self.config, cohort, len(self.state["theta"]), self._noise_multiplier)
-        features = self._schema.features if self._schema else 1
+        checked_encoding(self.config, cohort, int(self._sent.sum()), self._noise_multiplier)
         sides: dict[wire.Purpose, float] = {"figures": self._side_noise.figures, "inputs": self._side_noise.inputs}
         for purpose, noise_multiplier in sides.items():
             if noise_multiplier and self.config.method.sends:
-                count_sum(self.config, cohort, purpose, features, noise_multiplier)
+                count_sum(self.config, cohort, purpose, self._features, noise_multiplier)
 
     def _round(self, number: int, active: tuple[int, ...], cohort: Cohort) -> RoundReport:
         started = self._clock()
@@ -202,7 +204,7 @@ class Federation:
             degree=cohort.degree,
             noise_multiplier=self._noise_multiplier,
             side_noise=self._side_noise,
-            features=self._schema.features if self._schema else 1,
+            features=self._features,
             config=self.config,
             roster_version=self._roster.version,
             key_holder=self._key_holder,
@@ -303,10 +305,11 @@ class Federation:
             self._journal.begin(sid, f"{self.run}/central noise", number, 0)
             self._journal.answer(sid, "sum", digest, digest)
         total = encoding.add_noise(result.total, noise.derive_key(self._server_key, b"noise", *labels))
-        mean = encoding.decode(total, summands=len(result.contributors))
+        mean = torch.zeros(len(self._sent))
+        mean[self._sent] = torch.from_numpy(encoding.decode(total, summands=len(result.contributors))).float()
         progress = number / self.config.rounds
         beside = {name: self.state[name] for name in (MEAN, DEVIATION) if name in self.state}
-        self.state = {**self.config.method.serve(self.state, torch.from_numpy(mean).float(), progress), **beside}
+        self.state = {**self.config.method.serve(self.state, mean, progress), **beside}
 
     def _standardise(self, plan: wire.RoundPlan, tally: _Tally) -> None:
         """Have the sites' noised moments in the state, before the first model is trained on them."""

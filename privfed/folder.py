@@ -48,13 +48,20 @@ class RunFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Checkpoint(msgspec.Struct, frozen=True):
-    """Where a run stands between two rounds; ``kept`` is the server's state after the best one, if it is looked for."""
+    """Where a run stands between two rounds.
+
+    Attributes:
+        sites: private state, by site.
+        kept: the server's state after the best round, if it is looked for.
+        shared: shared state, by site.
+    """
 
     next_round: int
     server: State
     sites: Mapping[str, State]
     retired: Mapping[str, str]
     kept: State = {}
+    shared: Mapping[str, State] = {}
 
 
 class RunFolder:
@@ -204,8 +211,9 @@ class RunFolder:
         """Where the run stands, replacing the last one in one step. For the owner alone: it holds personal models."""
         tensors = {f"server/{name}": tensor for name, tensor in checkpoint.server.items()}
         tensors |= {f"kept/{name}": tensor for name, tensor in checkpoint.kept.items()}
-        for site, state in checkpoint.sites.items():
-            tensors |= {f"site/{site}/{name}": tensor for name, tensor in state.items()}
+        for owner, states in (("site", checkpoint.sites), ("shared", checkpoint.shared)):
+            for site, state in states.items():
+                tensors |= {f"{owner}/{site}/{name}": tensor for name, tensor in state.items()}
         facts = {"next_round": str(checkpoint.next_round), "retired": json.dumps(dict(checkpoint.retired))}
         self.save_tensors(CHECKPOINT, tensors, facts)
 
@@ -222,7 +230,7 @@ class RunFolder:
             tensors, facts = _read_tensors(path)
             server: dict[str, Tensor] = {}
             kept: dict[str, Tensor] = {}
-            sites: dict[str, dict[str, Tensor]] = {}
+            sites: dict[str, dict[str, dict[str, Tensor]]] = {"site": {}, "shared": {}}
             for key, tensor in tensors.items():
                 owner, _, rest = key.partition("/")
                 if owner == "server":
@@ -231,8 +239,9 @@ class RunFolder:
                     kept[rest] = tensor
                 else:
                     site, _, name = rest.rpartition("/")
-                    sites.setdefault(site, {})[name] = tensor
-            return Checkpoint(int(facts["next_round"]), server, sites, json.loads(facts["retired"]), kept)
+                    sites[owner].setdefault(site, {})[name] = tensor
+            retired = json.loads(facts["retired"])
+            return Checkpoint(int(facts["next_round"]), server, sites["site"], retired, kept, sites["shared"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise self._damaged(CHECKPOINT, error) from None
 

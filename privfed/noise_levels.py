@@ -15,7 +15,17 @@ from . import wire
 from .cohort import Cohort
 from .config import Config, SideNoise
 from .errors import ConfigError
-from .terms import Schema, count_sum, counts_of, encoding_of, parameter_count, planned_charges, side_charge, whole_group
+from .terms import (
+    Schema,
+    count_sum,
+    counts_of,
+    encoding_of,
+    parameter_count,
+    planned_charges,
+    side_charge,
+    update_size,
+    whole_group,
+)
 
 _FAINTEST = 1e-3  # integers of variance 1, which may cost less than a generous target
 _CLIENT_SHARE = 0.2  # of the target for figures that can not be paid beside the updates
@@ -40,7 +50,7 @@ def noise_levels(config: Config, cohort: Cohort, schema: Schema, accountant: Acc
         return 0.0, SideNoise()
     if privacy.noise_multiplier is None and math.isinf(privacy.target_epsilon):
         raise ConfigError("privacy needs a finite target_epsilon (calibrates the noise) or noise_multiplier (fixes it)")
-    size = parameter_count(config, schema)
+    size = update_size(config, schema.features, parameter_count(config, schema))
 
     def side_charges(purpose: wire.Purpose, noise_multiplier: float) -> tuple[Charge, ...]:
         encoding = count_sum(config, cohort, purpose, schema.features, noise_multiplier)

@@ -51,7 +51,7 @@ def predict(run: Path | str, file: Path | str, *, site: str | None = None) -> Pr
     config = config_io.load_config(home.path / folder.CONFIG)
     tensors, facts = home.load_tensors(folder.MODEL)
     inputs, classes = json.loads(facts["inputs"]), json.loads(facts["classes"])
-    model = mlp(len(inputs), config.model.hidden, len(classes), seed=config.seed)
+    model = mlp(len(inputs), config.model.hidden, len(classes), seed=config.seed, norm=config.model.norm == "group")
     model.load_state_dict(tensors)  # of the run's configuration: both carry a digest
     theta = to_vector(model)
     if site is not None:

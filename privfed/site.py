@@ -56,6 +56,7 @@ from .terms import (
     build_model,
     cohort_in,
     deployment_of,
+    first_states,
     key_holder_of,
     parameter_count,
     plan_encoding,
@@ -183,6 +184,8 @@ class Site:
         self._run: tuple[str, tuple[Config, float, SideNoise]] | None = None
         self._split: Split | None = None
         self._private: State | None = None
+        self._shared: State | None = None  # what the round in progress began with
+        self._after: tuple[int, State] | None = None  # a round, and the shared state after it
         self._local_only: Tensor | None = None
         self._current: _Round | None = None
 
@@ -196,9 +199,14 @@ class Site:
         """What this site keeps between rounds: its personal model and whatever else the method needs. Never leaves."""
         return self._private or {}
 
-    def restore(self, private: State) -> None:
-        """Go on with the private state of an interrupted run."""
-        self._private = private or None
+    @property
+    def shared_state(self) -> State:
+        """What the next round's update may depend on, beside the model: made of the door's answers, never of more."""
+        return self._after[1] if self._after else self._shared or {}
+
+    def restore(self, private: State, shared: State) -> None:
+        """Go on with the states of an interrupted run, as they stood before the round that is next."""
+        self._private, self._shared, self._after = private or None, shared or None, None
 
     def close(self) -> None:
         """The run is over: erase what could replay its last round."""
@@ -352,7 +360,30 @@ class Site:
             raise
         current.in_shares = given.in_shares
         self._book(current, given.charges, in_shares=given.in_shares)
+        if current.purpose == "update":
+            self._after = (plan.round, given.shared)
         return given.vector
+
+    def _shared_before(self, plan: wire.RoundPlan) -> State:
+        """The shared state that ``plan``'s round begins with: the same one when a round is done again.
+
+        Raises:
+            WireError: the round lies before the last one, and what it began with is gone.
+        """
+        if self._after is not None and self._after[0] < plan.round:
+            self._shared, self._after = self._after[1], None
+        if self._after is not None and self._after[0] > plan.round and self._after[1]:
+            raise wire.WireError(f"{self.name} is at round {self._after[0]}: it can not go back to {plan.round}")
+        self._init(plan.config)
+        assert self._shared is not None
+        return self._shared
+
+    def _init(self, config: Config) -> None:
+        """Have the states that a site begins a run with, where it has none yet."""
+        if self._shared is None or self._private is None:
+            shared, private = first_states(config, self._schema)
+            self._shared = shared if self._shared is None else self._shared
+            self._private = private if self._private is None else self._private
 
     def _test_noise(self, encoding: Summand) -> None:
         """Have this site's share of noise tested before it is relied on.
@@ -380,6 +411,7 @@ class Site:
             self._schema,
             records,
             state,
+            self._shared_before(current.plan),
             encoding,
             noise_multiplier=current.plan.noise_multiplier,
             key=key,
@@ -447,14 +479,15 @@ class Site:
         self._current = None
         config, records = plan.config, self._records(plan.config, state)
         model = build_model(config, self._schema)
-        if self._private is None:
-            self._private = config.method.init_site(parameters.to_vector(model))
+        self._init(config)
         door = local_door(config, self._schema, records)
-        self._private = config.method.personalize(state, self._private, door)
+        # A copy: exact steps must not get into what the next update is made of, by accident either
+        shared = {name: tensor.clone() for name, tensor in self.shared_state.items()}
+        self._private = config.method.personalize(state, shared, self._private, door)
         if self._local_only is None:
-            start = parameters.to_vector(model)
+            start = {"theta": parameters.to_vector(model)}
             alone = Local(steps=config.evaluation.local_steps, lr=config.evaluation.local_lr)
-            self._local_only = alone.personalize(state, alone.init_site(start), door)["theta"]
+            self._local_only = alone.personalize(state, {}, start, door)["theta"]
 
         def outputs(theta: Tensor) -> Tensor:
             return evaluation.outputs_of(model, theta, records.test.inputs)
@@ -549,6 +582,7 @@ class Site:
             raise PolicyRefusal("the configuration of a run must not change between its rounds") from None
         if self._run is not None and self._run[0] != plan.run:
             self._split, self._private, self._local_only, self._measured = None, None, None, None
+            self._shared, self._after = None, None
         self._run = (plan.run, promised)
 
     def _charged(self, current: _Round) -> bool:

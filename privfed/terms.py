@@ -5,13 +5,15 @@ A site and the coordinator derive the same from the same plan. Nothing here has 
 
 import hashlib
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from privfed.crypto.aggregation import MAX_BITS, Session
 from privfed.crypto.homomorphic.fields import layout_of
@@ -29,7 +31,9 @@ from . import wire
 from .cohort import Cohort
 from .config import Config
 from .errors import ConfigError
-from .models import mlp
+from .methods import Queries, State
+from .models import Layout, layout, mlp
+from .parameters import to_vector
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,41 @@ class Schema:
 
 def build_model(config: Config, schema: Schema) -> nn.Module:
     """The run's network at its public start parameters."""
-    return mlp(schema.features, config.model.hidden, schema.classes, seed=config.seed)
+    return mlp(
+        schema.features, config.model.hidden, schema.classes, seed=config.seed, norm=config.model.norm == "group"
+    )
 
 
 def parameter_count(config: Config, schema: Schema) -> int:
     """How many parameters the run's network has, without building it."""
     widths = [schema.features, *config.model.hidden, schema.classes]
-    return sum((above + 1) * below for above, below in itertools.pairwise(widths))
+    scales = 2 * sum(config.model.hidden) if config.model.norm == "group" else 0
+    return sum((above + 1) * below for above, below in itertools.pairwise(widths)) + scales
+
+
+def model_layout(config: Config, features: int, parameters: int) -> Layout:
+    """Which of the ``parameters`` of the run's network are its head, its body and its normalisation."""
+    return layout(features, config.model.hidden, parameters, norm=config.model.norm == "group")
+
+
+def first_states(config: Config, schema: Schema) -> tuple[State, State]:
+    """A site's shared and private state before its first round: the same at every site."""
+    start = to_vector(build_model(config, schema))
+    return config.method.init_site(start, model_layout(config, schema.features, len(start)))
+
+
+def sent(config: Config, features: int, parameters: int) -> Tensor:
+    """bool[method.blocks · P]: what of an update leaves the site."""
+    parts = model_layout(config, features, parameters)
+    leaves = torch.ones(parameters, dtype=torch.bool)
+    for part in config.method.stays:
+        leaves &= ~parts[part]
+    return leaves.repeat(config.method.blocks)
+
+
+def update_size(config: Config, features: int, parameters: int) -> int:
+    """How many numbers an update of a network of ``parameters`` has."""
+    return int(sent(config, features, parameters).sum())
 
 
 # What is added up
@@ -245,9 +277,10 @@ def side_encoding(plan: wire.RoundPlan, purpose: wire.Purpose) -> CountSum:
 
 
 def plan_encoding(plan: wire.RoundPlan, parameters: int) -> Update:
-    """`encoding_of` what a plan says."""
+    """`encoding_of` what a plan says of a network of ``parameters``."""
     seed = hashlib.sha256(f"{plan.run}\0{plan.round}\0{plan.attempt}".encode()).digest()
-    return encoding_of(plan.config, cohort_in(plan), parameters, plan.noise_multiplier, seed)
+    size = update_size(plan.config, plan.features, parameters)
+    return encoding_of(plan.config, cohort_in(plan), size, plan.noise_multiplier, seed)
 
 
 def checked_encoding(config: Config, cohort: Cohort, parameters: int, noise_multiplier: float) -> Update:
@@ -426,13 +459,15 @@ def planned_charges(
         return ()
     if isinstance(encoding, ClientSum | RecordSum):
         return (Charge(encoding.event(), participations, whole_group(config)),)
-    event = executed_event(
-        privacy.sampling if privacy.unit is PrivacyUnit.PATIENT else "patient",
-        sample_rate=privacy.rate,
-        noise_multiplier=noise_multiplier,
-        max_records=privacy.max_records,
-    )
-    return tuple(
-        Charge(event, queries.count * participations, group(split_id(config), queries.part, whole_group(config)))
-        for queries in config.method.queries()
-    )
+
+    def charge(queries: Queries) -> Charge:
+        event = executed_event(
+            privacy.sampling if privacy.unit is PrivacyUnit.PATIENT else "patient",
+            sample_rate=privacy.rate,
+            noise_multiplier=noise_multiplier / math.sqrt(queries.each),  # as `Meter` books several answers on a draw
+            max_records=privacy.max_records,
+        )
+        where = group(split_id(config), queries.part, whole_group(config))
+        return Charge(event, queries.count * participations, where)
+
+    return tuple(charge(queries) for queries in config.method.queries())

@@ -108,8 +108,16 @@ def stage(config: Config, schema: Schema, state: State) -> Stage:
 
 def exact_update(config: Config, schema: Schema, records: Split, state: State) -> NDArray[np.float64]:
     """float64[dim]: the update from all records, clipped, with noise a billionth of the clip."""
+    dim = records.train.inputs.shape[1]
     door = door_of(everyone_drawn(config), schema, records, noise_multiplier=1e-9, key=bytes(32))
-    return config.method.contribute(state, door)[0].double().numpy()
+    update, _ = config.method.contribute(state, at_first(config, dim), door)
+    return update[0].double().numpy()
+
+
+def at_first(config: Config, dim: int) -> State:
+    """A site's shared state before its first round, for a model of ``dim`` numbers without any parts."""
+    everything, nothing = torch.ones(dim, dtype=torch.bool), torch.zeros(dim, dtype=torch.bool)
+    return config.method.init_site(torch.zeros(dim), {"head": nothing, "body": everything, "norm": nothing})[0]
 
 
 def everyone_drawn(config: Config) -> Config:

@@ -35,11 +35,11 @@ from ..terms import (
     Update,
     claimed_colluders,
     encoding_of,
-    parameter_count,
     plan_encoding,
     planned_charges,
     session_of,
     split_id,
+    update_size,
     whole_group,
 )
 from .canaries import LOUD, carrier, carriers, copies_of, exact_update, records_of
@@ -70,6 +70,11 @@ def audit_run(target: Target, *, canaries: int | None, seed: int, progress: Call
         )
     number = canaries or CANARIES
     config, schema = _simulated(target, seed), _room_for(number + _OTHERS)
+    if update_size(config, schema.features, schema_size(schema)) == 0:
+        raise ConfigError(
+            f"level 3 simulates a network of one layer, none of which leaves a site under method "
+            f"{type(config.method).__name__}: use --level 1"
+        )
     cast = _Cast(config, schema, number, seed)
     charges = _charges(target, config, schema, cast.part)
     local = config.privacy.noise is NoiseSite.LOCAL
@@ -117,7 +122,7 @@ class _Cast:
 
     def scores(self, releases: _Floats) -> _Floats:
         """float64[m]: how far the sum of releases float64[T, P] lies in each canary's direction."""
-        return self.sign * one_run.white_box(releases, self.canaries)
+        return self.sign * one_run.white_box(releases[:, : self.canaries.shape[1]], self.canaries)
 
 
 def training_ids(config: Config, number: int, part: str, random: np.random.Generator) -> NDArray[np.uint64]:
@@ -138,7 +143,8 @@ def _shows(config: Config, schema: Schema, canary: _Floats) -> tuple[str, float]
     state = config.method.init_server(torch.zeros(schema_size(schema)))
     for part in config.method.parts or {ALL: 1.0}:
         records = records_of(config, canary[None], np.zeros(1, np.uint64), [part])
-        along = float(exact_update(config, schema, records, state) @ canary) / float(canary @ canary)
+        update = exact_update(config, schema, records, state)[: len(canary)]
+        along = float(update @ canary) / float(canary @ canary)
         if abs(along) > 1e-6:  # a part that does not show gives the noise of a door that adds next to none
             return part, float(np.sign(along))
     raise ConfigError(f"no canary shows in what method {type(config.method).__name__} sends: it can not be audited")
@@ -180,7 +186,8 @@ def _simulated(target: Target, seed: int) -> Config:
 def _charges(target: Target, config: Config, schema: Schema, part: str) -> tuple[Charge, ...]:
     """What the simulated run costs a canary, against the server alone and with every site in each sum."""
     sites = len(target.ready.data.sites)
-    encoding = encoding_of(config, cohort_of(config, sites), parameter_count(config, schema), target.noise_multiplier)
+    size = update_size(config, schema.features, schema_size(schema))
+    encoding = encoding_of(config, cohort_of(config, sites), size, target.noise_multiplier)
     planned = planned_charges(config, encoding, target.noise_multiplier, config.rounds)
     touched = {whole_group(config), group(split_id(config), part, whole_group(config))}
     return tuple(

@@ -22,7 +22,7 @@ from ..doors import Split
 from ..errors import PrivfedError
 from ..methods import State
 from ..parameters import to_vector
-from ..terms import Update, build_model, encoding_of, parameter_count, planned_charges
+from ..terms import Update, build_model, encoding_of, first_states, parameter_count, planned_charges, update_size
 from .canaries import LOUD, door_of, everyone_drawn, records_of, stage
 from .target import Target
 
@@ -170,12 +170,12 @@ def _booked(target: Target, encoding: Update) -> None:
     ids = np.arange(8, dtype=np.uint64)
     records = doors.split(config, SiteData(ids, inputs, targets, ids), bytes(32))
     state: State = config.method.init_server(to_vector(build_model(config, schema)))
-    whole = encoding_of(
-        config, target.cohort, parameter_count(config, schema), target.noise_multiplier, secrets.token_bytes(8)
-    )
+    shared, _ = first_states(config, schema)
+    size = update_size(config, schema.features, parameter_count(config, schema))
+    whole = encoding_of(config, target.cohort, size, target.noise_multiplier, secrets.token_bytes(8))
     try:
         given = contribute(
-            config, schema, records, state, whole, noise_multiplier=target.noise_multiplier, key=noise.new_key()
+            config, schema, records, state, shared, whole, noise_multiplier=target.noise_multiplier, key=noise.new_key()
         )
     except (PrivfedError, NoGuarantee) as refusal:
         raise SelfTestFailed(f"a contribution is refused: {refusal}") from None

@@ -16,9 +16,8 @@ from ..errors import ConfigError, RunFolderError
 from ..evaluation import outputs_of
 from ..methods import State
 from ..models import classification_loss
-from ..parameters import to_vector
 from ..standardisation import DEVIATION, MEAN
-from ..terms import build_model
+from ..terms import build_model, first_states
 from .target import Target
 
 _Floats = NDArray[np.float64]
@@ -123,10 +122,10 @@ def _shadow_losses(target: Target, state: State, pool: SiteData, included: NDArr
             records.standardised(state[MEAN], state[DEVIATION]),
             pool.scaled(state[MEAN], state[DEVIATION]),
         )
-    private = config.method.init_site(to_vector(build_model(config, schema)))
+    shared, private = first_states(config, schema)
     door = doors.local_door(config, schema, records)
     for _ in range(1 if config.method.sends else config.rounds):  # a method that sends nothing trains in every round
-        private = config.method.personalize(state, private, door)
+        private = config.method.personalize(state, shared, private, door)
     return _losses(target, private["theta"], scaled)
 
 

@@ -20,7 +20,7 @@ from ..doors import Split
 from ..errors import PrivfedError
 from ..methods import SingleQuery, State
 from ..terms import Grid, encoding_of, parameter_count, planned_charges, split_id, whole_group
-from .canaries import LOUD, door_of, stage
+from .canaries import LOUD, at_first, door_of, stage
 from .target import Target
 
 _Floats = NDArray[np.float64]
@@ -47,11 +47,12 @@ def audit_releases(target: Target, *, trials: int | None, seed: int, progress: C
     target.require_claim(1)
     config = target.config
     dim = min(MOST_DIM, parameter_count(config, target.ready.schema))
-    encoding = encoding_of(config, target.cohort, dim, target.noise_multiplier, b"audit")
+    size = dim * config.method.blocks
+    encoding = encoding_of(config, target.cohort, size, target.noise_multiplier, b"audit")
     state = config.method.init_server(torch.zeros(dim))
     planned = planned_charges(config, encoding, target.noise_multiplier, config.rounds)
     if isinstance(encoding, ClientSum):
-        direction, part = np.eye(dim)[0], ALL
+        direction, part = np.eye(size)[0], ALL
         makers = {included: _client_sums(target, encoding, included) for included in (True, False)}
     else:
         scene = stage(config, target.ready.schema, state)
@@ -107,11 +108,12 @@ class _Door:
 def _updates(target: Target, encoding: Grid, state: State, records: Split) -> _Releases:
     """What a site uploads with noise of its own."""
     config, door = target.config, _Door(target, records)
+    shared = at_first(config, len(state["theta"]))
 
     def releases(trial: bytes) -> _Floats:
         total = np.zeros(encoding.dim)
         for _ in range(config.rounds):
-            update = config.method.contribute(state, door.of(trial))
+            update, _ = config.method.contribute(state, shared, door.of(trial))
             total += encoding.decode(encoding.grid.encode(update[0].numpy()), summands=1)
         return total
 

@@ -1,9 +1,7 @@
 """One gradient a round, and a server that takes the step: the method for noise in shares."""
 
-from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated
 
-import msgspec
 import torch
 from msgspec import Meta
 from torch import Tensor
@@ -11,10 +9,10 @@ from torch import Tensor
 from privfed.privacy.events import NoiseSite, PrivacyUnit
 from privfed.privacy.oracle.door import ALL, Door
 
-from .method import Queries, Rate, State, Steps, fine_tuned, one_answer
+from .method import Averaging, Queries, Rate, State, one_answer
 
 
-class FedSGD(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="name", tag="fedsgd"):
+class FedSGD(Averaging, frozen=True, kw_only=True, tag_field="name", tag="fedsgd"):
     """McMahan et al. 2017, Section 2 (FedSGD): m ← μ m + mean ∇L_k(w); w ← w − lr m.
 
     Momentum is at the server (Reddi et al. 2021, FedAvgM), so it is post-processing. Personalisation is fine-tuning
@@ -27,11 +25,6 @@ class FedSGD(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     lr: Annotated[Rate, Meta(description="learning rate of the server")] = 0.5
     momentum: Annotated[float, Meta(ge=0, lt=1, description="μ, the server's momentum")] = 0.9
-    personal_steps: Annotated[Steps, Meta(description="fine-tuning steps at evaluation, never leaving the site")] = 20
-    personal_lr: Annotated[Rate, Meta(description="learning rate of the fine-tuning")] = 0.2
-
-    sends: ClassVar[bool] = True
-    parts: ClassVar[Mapping[str, float]] = {}
 
     def queries(self) -> tuple[Queries, ...]:
         return (Queries(ALL, 1),)
@@ -42,17 +35,11 @@ class FedSGD(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     def init_server(self, theta: Tensor) -> State:
         return {"theta": theta, "momentum": torch.zeros_like(theta)}
 
-    def init_site(self, theta: Tensor) -> State:
-        return {}
-
     def point(self, broadcast: State) -> Tensor:
         return broadcast["theta"].unsqueeze(0)
 
-    def contribute(self, broadcast: State, door: Door) -> Tensor:
-        return door.gradient(self.point(broadcast), door.draw())
-
-    def personalize(self, broadcast: State, private: State, local_door: Door) -> State:
-        return fine_tuned(broadcast, local_door, steps=self.personal_steps, lr=self.personal_lr)
+    def contribute(self, broadcast: State, shared: State, door: Door) -> tuple[Tensor, State]:
+        return door.gradient(self.point(broadcast), door.draw()), {}
 
     def serve(self, state: State, mean_update: Tensor, progress: float) -> State:
         momentum = self.momentum * state["momentum"] + mean_update

@@ -10,6 +10,7 @@ from torch import Tensor
 from privfed.privacy.events import NoiseSite, PrivacyUnit
 from privfed.privacy.oracle.door import Door
 
+from ..models import Layout, Part
 from .method import Queries, Rate, State, Steps, descend
 
 
@@ -25,6 +26,8 @@ class Local(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     sends: ClassVar[bool] = False
     parts: ClassVar[Mapping[str, float]] = {}
+    blocks: ClassVar[int] = 1
+    stays: ClassVar[tuple[Part, ...]] = ()
 
     def queries(self) -> tuple[Queries, ...]:
         return ()
@@ -35,13 +38,13 @@ class Local(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     def init_server(self, theta: Tensor) -> State:
         return {"theta": theta}
 
-    def init_site(self, theta: Tensor) -> State:
-        return {"theta": theta}
+    def init_site(self, theta: Tensor, layout: Layout) -> tuple[State, State]:
+        return {}, {"theta": theta}
 
-    def contribute(self, broadcast: State, door: Door) -> Tensor:
+    def contribute(self, broadcast: State, shared: State, door: Door) -> tuple[Tensor, State]:
         raise RuntimeError("the local method sends nothing")
 
-    def personalize(self, broadcast: State, private: State, local_door: Door) -> State:
+    def personalize(self, broadcast: State, shared: State, private: State, local_door: Door) -> State:
         return {"theta": descend(private["theta"].unsqueeze(0), local_door, steps=self.steps, lr=self.lr)[0]}
 
     def serve(self, state: State, mean_update: Tensor, progress: float) -> State:

@@ -1,4 +1,4 @@
-"""The shape of a federated method.
+"""The shape of a federated method, and what most of them have in common.
 
 What may leave a site and what never does are different arguments and different results, so that private state can not
 reach an update by mistake. Every tensor is [K, P]: K models at once, K = 1 at a real site.
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Protocol, runtime_checkable
 
+import msgspec
 from msgspec import Meta
 from torch import Tensor
 
@@ -15,6 +16,8 @@ from privfed.privacy.adversaries import check_supported
 from privfed.privacy.errors import NoGuarantee
 from privfed.privacy.events import NoiseSite, PrivacyUnit
 from privfed.privacy.oracle.door import ALL, Door
+
+from ..models import Layout, Part
 
 State = Mapping[str, Tensor]
 
@@ -24,19 +27,29 @@ Steps = Annotated[int, Meta(ge=1, le=100_000)]
 
 @dataclass(frozen=True)
 class Queries:
-    """What one participation asks of the door: ``count`` fresh draws of ``part`` with one gradient each."""
+    """What one participation asks of the door: ``count`` fresh draws of ``part``, with ``each`` gradients on a draw."""
 
     part: str
     count: int
+    each: int = 1
 
 
 class FederatedMethod(Protocol):
-    """Init and apply, at the server and at a site."""
+    """Init and apply, at the server and at a site.
+
+    A site keeps two states. The *shared* one is made of public constants, of what the server sent, and of answers of
+    the door that `contribute` was given: it may influence what leaves. The *private* one is made of anything: it is
+    neither an argument nor a result of what leaves.
+    """
 
     sends: ClassVar[bool]
     """Whether anything leaves a site at all."""
     parts: ClassVar[Mapping[str, float]]
     """The fixed parts that a site's training records fall into, with their public fractions; "all" is implied."""
+    blocks: ClassVar[int]
+    """How many vectors of the model's size an update is made of, one after the other."""
+    stays: ClassVar[tuple[Part, ...]]
+    """The parts of the model that never leave: whatever an update holds there is cut out of every block."""
 
     def queries(self) -> tuple[Queries, ...]:
         """What one participation will ask of the door, known before any record is touched."""
@@ -50,20 +63,26 @@ class FederatedMethod(Protocol):
         """The server's state; ``theta`` float32[P] is the start model."""
         ...
 
-    def init_site(self, theta: Tensor) -> State:
-        """A site's private state: it never leaves."""
+    def init_site(self, theta: Tensor, layout: Layout) -> tuple[State, State]:
+        """A site's shared state and its private one."""
         ...
 
-    def contribute(self, broadcast: State, door: Door) -> Tensor:
-        """float32[K, P]: the update, always a delta. All it knows of the records came through ``door``."""
+    def contribute(self, broadcast: State, shared: State, door: Door) -> tuple[Tensor, State]:
+        """float32[K, blocks · P], the update, always a delta; and the next shared state, if it is released.
+
+        All that either knows of the records came through ``door``.
+        """
         ...
 
-    def personalize(self, broadcast: State, private: State, local_door: Door) -> State:
+    def personalize(self, broadcast: State, shared: State, private: State, local_door: Door) -> State:
         """The site's next private state, whose "theta" is its personal model. The door may be exact: nothing leaves."""
         ...
 
     def serve(self, state: State, mean_update: Tensor, progress: float) -> State:
-        """The server's next state from the sites' mean update float32[P]; ``progress`` in [0, 1) is the run's."""
+        """The server's next state from the mean update float32[blocks · P], zero in what stays.
+
+        ``progress`` in [0, 1) is the run's.
+        """
         ...
 
 
@@ -76,10 +95,46 @@ class SingleQuery(Protocol):
         ...
 
 
-def descend(theta: Tensor, door: Door, *, steps: int, lr: float, part: str = ALL) -> Tensor:
-    """``steps`` of gradient descent from theta [K, P], each on a fresh draw."""
+class Averaging(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What most methods share: w ← w + mean update, and a personal model that is fine-tuned from w at evaluation."""
+
+    personal_steps: Annotated[Steps, Meta(description="adaptation steps at evaluation, never leaving the site")] = 20
+    personal_lr: Annotated[Rate, Meta(description="learning rate of the adaptation")] = 0.2
+
+    sends: ClassVar[bool] = True
+    parts: ClassVar[Mapping[str, float]] = {}
+    blocks: ClassVar[int] = 1
+    stays: ClassVar[tuple[Part, ...]] = ()
+
+    def guarantee(self, unit: PrivacyUnit, noise: NoiseSite) -> str | None:
+        return post_processing(unit, noise)
+
+    def init_server(self, theta: Tensor) -> State:
+        return {"theta": theta}
+
+    def init_site(self, theta: Tensor, layout: Layout) -> tuple[State, State]:
+        return {}, {}
+
+    def personalize(self, broadcast: State, shared: State, private: State, local_door: Door) -> State:
+        start = broadcast["theta"].unsqueeze(0)
+        return {"theta": descend(start, local_door, steps=self.personal_steps, lr=self.personal_lr)[0]}
+
+    def serve(self, state: State, mean_update: Tensor, progress: float) -> State:
+        return {**state, "theta": state["theta"] + mean_update}
+
+
+def descend(theta: Tensor, door: Door, *, steps: int, lr: float, part: str = ALL, only: Tensor | None = None) -> Tensor:
+    """``steps`` of gradient descent from theta [K, P], each on a fresh draw; of the parameters ``only`` bool[P]."""
+    rate = lr if only is None else lr * only
     for _ in range(steps):
-        theta = theta - lr * door.gradient(theta, door.draw(part))
+        theta = theta - rate * door.gradient(theta, door.draw(part))
+    return theta
+
+
+def descend_near(theta: Tensor, centre: Tensor, door: Door, *, steps: int, lr: float, pull: float) -> Tensor:
+    """The same on L(θ) + pull/2 ‖θ − centre‖². The pull is no gradient of records: it is added to the door's answer."""
+    for _ in range(steps):
+        theta = theta - lr * (door.gradient(theta, door.draw()) + pull * (theta - centre))
     return theta
 
 
@@ -108,8 +163,3 @@ def one_answer(unit: PrivacyUnit, noise: NoiseSite) -> str | None:
     if noise is NoiseSite.DISTRIBUTED and unit in (PrivacyUnit.RECORD, PrivacyUnit.PATIENT):
         return None
     return post_processing(unit, noise)
-
-
-def fine_tuned(broadcast: State, local_door: Door, *, steps: int, lr: float) -> State:
-    """A personal model: the server's, adapted on the site's own records alone."""
-    return {"theta": descend(broadcast["theta"].unsqueeze(0), local_door, steps=steps, lr=lr)[0]}

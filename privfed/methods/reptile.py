@@ -1,19 +1,16 @@
 """Reptile: a start from which few steps lead to each site's own model."""
 
-from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated
 
-import msgspec
 from msgspec import Meta
 from torch import Tensor
 
-from privfed.privacy.events import NoiseSite, PrivacyUnit
 from privfed.privacy.oracle.door import ALL, Door
 
-from .method import Queries, Rate, State, Steps, descend, fine_tuned, post_processing
+from .method import Averaging, Queries, Rate, State, Steps, descend
 
 
-class Reptile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="name", tag="reptile"):
+class Reptile(Averaging, frozen=True, kw_only=True, tag_field="name", tag="reptile"):
     """Nichol, Achiam and Schulman 2018, Algorithm 2 (batched): θ_k ← τ steps from w; w ← w + ε · mean(θ_k − w).
 
     The outer rate ε falls linearly from ``outer_lr`` to 0 over the run, as in the paper's experiments.
@@ -28,30 +25,13 @@ class Reptile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     outer_lr: Annotated[Rate, Meta(description="ε, the server's step towards the sites' mean; falls linearly to 0")] = (
         1.0
     )
-    personal_steps: Annotated[Steps, Meta(description="adaptation steps, never leaving the site")] = 20
-    personal_lr: Annotated[Rate, Meta(description="learning rate of the adaptation")] = 0.2
-
-    sends: ClassVar[bool] = True
-    parts: ClassVar[Mapping[str, float]] = {}
 
     def queries(self) -> tuple[Queries, ...]:
         return (Queries(ALL, self.inner_steps),)
 
-    def guarantee(self, unit: PrivacyUnit, noise: NoiseSite) -> str | None:
-        return post_processing(unit, noise)
-
-    def init_server(self, theta: Tensor) -> State:
-        return {"theta": theta}
-
-    def init_site(self, theta: Tensor) -> State:
-        return {}
-
-    def contribute(self, broadcast: State, door: Door) -> Tensor:
+    def contribute(self, broadcast: State, shared: State, door: Door) -> tuple[Tensor, State]:
         start = broadcast["theta"].unsqueeze(0)
-        return descend(start, door, steps=self.inner_steps, lr=self.inner_lr) - start
-
-    def personalize(self, broadcast: State, private: State, local_door: Door) -> State:
-        return fine_tuned(broadcast, local_door, steps=self.personal_steps, lr=self.personal_lr)
+        return descend(start, door, steps=self.inner_steps, lr=self.inner_lr) - start, {}
 
     def serve(self, state: State, mean_update: Tensor, progress: float) -> State:
         return {"theta": state["theta"] + self.outer_lr * (1.0 - progress) * mean_update}

@@ -131,9 +131,9 @@ def test_a_batch_that_is_used_again_does_not_get_past_the_meter(monkeypatch: pyt
     class Again(FedAvg, frozen=True, tag_field="name", tag="fedavg"):
         """Declares two fresh draws, asks twice of one."""
 
-        def contribute(self, broadcast: Any, door: Any) -> Tensor:
+        def contribute(self, broadcast: Any, shared: Any, door: Any) -> tuple[Tensor, Any]:
             theta, batch = broadcast["theta"].unsqueeze(0), door.draw()
-            return -self.lr * (door.gradient(theta, batch) + door.gradient(theta, batch))
+            return -self.lr * (door.gradient(theta, batch) + door.gradient(theta, batch)), {}
 
     target = auditing.Target(api.prepare(config(method=FedAvg(local_steps=2))))
     ready = msgspec.structs.replace(target.config, method=Again(local_steps=2))

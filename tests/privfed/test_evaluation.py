@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from privfed.evaluation import fraction_hurt, outputs_of, score, spread
-from privfed.models import mlp
+from privfed.models import layout, mlp
 
 
 def test_accuracy_counts_and_auroc_ranks() -> None:
@@ -64,3 +65,33 @@ def test_a_model_is_the_same_for_the_same_public_seed_and_logistic_regression_st
     assert not all(torch.equal(first[name], other[name]) for name in first)
     assert not any(parameter.any() for parameter in mlp(4, (), 2, seed=1).parameters())
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("hidden", [(), (5,), (5, 3)])
+def test_the_parts_of_a_model_are_those_of_its_layers(hidden: tuple[int, ...], norm: bool) -> None:
+    """By index, from the sizes alone, and the same as the kinds of the built network's layers say."""
+    model = mlp(4, hidden, 2, seed=0, norm=norm)
+    kinds: list[str] = []
+    linear = [module for module in model if isinstance(module, nn.Linear)]
+    for module in model:
+        kind = "norm" if isinstance(module, nn.GroupNorm) else "head" if module is linear[-1] else "body"
+        kinds += [kind] * sum(parameter.numel() for parameter in module.parameters())
+    parts = layout(4, hidden, len(kinds), norm=norm)
+    assert [next(part for part, mask in parts.items() if mask[at]) for at in range(len(kinds))] == kinds
+    assert sum(int(mask.sum()) for mask in parts.values()) == len(kinds)
+    with pytest.raises(ValueError, match="more than 0 parameters"):
+        layout(4, hidden, 0, norm=norm)
+
+
+def test_a_layout_is_refused_before_it_is_built() -> None:
+    """A plan may name any widths: nothing of their size is allocated."""
+    with pytest.raises(ValueError, match="more than 10 parameters"):
+        layout(65536, (65536,) * 30, 10)
+
+
+def test_a_record_is_normalised_by_itself() -> None:
+    model = mlp(3, (4,), 2, seed=0, norm=True)
+    rows = torch.randn(5, 3)
+    torch.testing.assert_close(model(rows)[2:3], model(rows[2:3]))
+    assert len(list(model.parameters())) == 6

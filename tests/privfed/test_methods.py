@@ -1,13 +1,14 @@
 """Each method on a toy door, with numbers worked by hand."""
 
 import inspect
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from privfed.methods import FedAvg, FederatedMethod, FedSGD, Fomaml, Local, Reptile
+from privfed.models import Layout, Part
 from privfed.privacy.events import Charge, NoiseSite, PrivacyUnit
 from privfed.privacy.oracle.door import ALL, Batch, Meter, charge, group
 
@@ -35,13 +36,16 @@ class ToyDoor:
         return self._meter.charges
 
 
+LAYOUT: Layout = {name: torch.tensor([name == "body"]) for name in get_args(Part)}
+
+
 def start(value: float = 2.0) -> dict[str, Tensor]:
     return {"theta": torch.tensor([value])}
 
 
 def test_fedavg_sends_the_way_its_steps_went() -> None:
     door = ToyDoor(all=10.0)
-    update = FedAvg(local_steps=2, lr=0.5).contribute(start(), door)
+    update, _ = FedAvg(local_steps=2, lr=0.5).contribute(start(), {}, door)
     # 2 → (2+10)/2 = 6 → (6+10)/2 = 8; the update is 8 − 2
     assert update.tolist() == [[6.0]]
     assert door.asked == [("all", 2.0), ("all", 6.0)]
@@ -51,7 +55,7 @@ def test_fedavg_sends_the_way_its_steps_went() -> None:
 def test_reptile_moves_part_of_the_way_and_less_towards_the_end() -> None:
     door = ToyDoor(all=10.0)
     method = Reptile(inner_steps=2, inner_lr=0.5, outer_lr=0.5)
-    assert method.contribute(start(), door).tolist() == [[6.0]]
+    assert method.contribute(start(), {}, door)[0].tolist() == [[6.0]]
     # w + ε(1 − progress) · 6: 2 + .5·6, 2 + .25·6, 2 + .125·6
     for progress, expected in ((0.0, 5.0), (0.5, 3.5), (0.75, 2.75)):
         assert method.serve(start(), torch.tensor([6.0]), progress)["theta"].tolist() == [expected]
@@ -59,7 +63,7 @@ def test_reptile_moves_part_of_the_way_and_less_towards_the_end() -> None:
 
 def test_fomaml_adapts_on_support_and_sends_the_query_gradient_there() -> None:
     door = ToyDoor(support=10.0, query=4.0)
-    update = Fomaml(inner_steps=2, inner_lr=0.5, outer_lr=3.0).contribute(start(), door)
+    update, _ = Fomaml(inner_steps=2, inner_lr=0.5, outer_lr=3.0).contribute(start(), {}, door)
     # support: 2 → 6 → 8; query gradient at 8 is 8 − 4 = 4; the update is −3 · 4, at w and not at 8
     assert door.asked == [("support", 2.0), ("support", 6.0), ("query", 8.0)]
     assert update.tolist() == [[-12.0]]
@@ -70,7 +74,7 @@ def test_fedsgd_sends_the_gradient_itself_and_the_server_steps_with_momentum() -
     door = ToyDoor(all=10.0)
     method = FedSGD(lr=0.5, momentum=0.5)
     # ∇L(2) = 2 − 10, untouched: what noise in shares covers
-    assert method.contribute(start(), door).tolist() == [[-8.0]] and method.point(start()).tolist() == [[2.0]]
+    assert method.contribute(start(), {}, door)[0].tolist() == [[-8.0]] and method.point(start()).tolist() == [[2.0]]
     state = method.serve(method.init_server(torch.tensor([2.0])), torch.tensor([-8.0]), 0.0)
     assert state["theta"].tolist() == [6.0]
     # m ← .5 · (−8) + (−4) = −8 once more
@@ -80,19 +84,20 @@ def test_fedsgd_sends_the_gradient_itself_and_the_server_steps_with_momentum() -
 @pytest.mark.parametrize("method", METHODS[:4], ids=lambda m: type(m).__name__)
 def test_personalisation_starts_from_the_broadcast_and_uses_the_local_door(method: Any) -> None:
     personal = type(method)(personal_steps=2, personal_lr=0.5)
-    for private in (personal.init_site(torch.tensor([99.0])), {"theta": torch.tensor([99.0])}):
-        assert personal.personalize(start(), private, ToyDoor(all=10.0))["theta"].tolist() == [8.0]
+    for private in ({}, {"theta": torch.tensor([99.0])}):
+        shared, _ = personal.init_site(torch.tensor([99.0]), LAYOUT)
+        assert personal.personalize(start(), shared, private, ToyDoor(all=10.0))["theta"].tolist() == [8.0]
 
 
 def test_local_goes_on_from_its_own_model_and_sends_nothing() -> None:
     method = Local(steps=1, lr=0.5)
-    private = method.init_site(torch.tensor([2.0]))
-    private = method.personalize(start(99.0), private, ToyDoor(all=10.0))
+    shared, private = method.init_site(torch.tensor([2.0]), LAYOUT)
+    private = method.personalize(start(99.0), shared, private, ToyDoor(all=10.0))
     assert private["theta"].tolist() == [6.0]
-    assert method.personalize(start(99.0), private, ToyDoor(all=10.0))["theta"].tolist() == [8.0]
+    assert method.personalize(start(99.0), shared, private, ToyDoor(all=10.0))["theta"].tolist() == [8.0]
     assert not method.sends
     with pytest.raises(RuntimeError, match="sends nothing"):
-        method.contribute(start(), ToyDoor(all=10.0))
+        method.contribute(start(), {}, ToyDoor(all=10.0))
     assert method.serve(start(), torch.tensor([5.0]), 0.0)["theta"].tolist() == [2.0]
 
 
@@ -109,7 +114,7 @@ def test_local_goes_on_from_its_own_model_and_sends_nothing() -> None:
 )
 def test_what_a_method_declares_is_what_it_executes(method: FederatedMethod) -> None:
     door = ToyDoor(all=1.0, support=1.0, query=1.0)
-    method.contribute(start(), door)
+    method.contribute(start(), {}, door)
     declared = {charge(group("hash-0", q.part), 0.5, 2.0, q.count) for q in method.queries()}
     assert set(door.charges) == declared
     assert {part for part, _ in door.asked} <= {ALL, *method.parts}
@@ -138,6 +143,6 @@ def test_a_guarantee_is_given_only_where_it_is_proved(
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 def test_what_may_leave_can_not_see_what_may_not(method: FederatedMethod) -> None:
     """Private state is no argument of `contribute`, and parts of a split cover every record once."""
-    assert list(inspect.signature(method.contribute).parameters) == ["broadcast", "door"]
+    assert list(inspect.signature(method.contribute).parameters) == ["broadcast", "shared", "door"]
     assert not method.parts or sum(method.parts.values()) == 1.0
     assert (method.queries() == ()) == (not method.sends)

@@ -521,7 +521,7 @@ def test_the_noise_in_a_real_sum_is_what_is_booked_and_independent_between_sites
 
         def vector(key: bytes, parts: Any = parts, theta: Tensor = theta) -> np.ndarray[Any, Any]:
             return contribute(
-                settings, SCHEMA, parts, {"theta": theta}, encoding, noise_multiplier=5.0, key=key
+                settings, SCHEMA, parts, {"theta": theta}, {}, encoding, noise_multiplier=5.0, key=key
             ).vector.astype(np.int64)
 
         one, other = (vector(bytes([ord(name), number] * 16)) for number in (1, 2))
@@ -560,7 +560,7 @@ def test_a_wrong_sensitivity_is_caught_in_what_a_site_contributes(monkeypatch: p
 
     def vector(one: SiteData) -> np.ndarray[Any, Any]:
         parts = split(settings, one, public_split_key(0))
-        given = contribute(settings, SCHEMA, parts, {"theta": theta}, encoding, noise_multiplier=5.0, key=bytes(32))
+        given = contribute(settings, SCHEMA, parts, {"theta": theta}, {}, encoding, noise_multiplier=5.0, key=bytes(32))
         return given.vector.astype(np.int64)
 
     def check() -> None:

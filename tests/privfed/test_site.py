@@ -252,10 +252,10 @@ def test_a_spent_budget_refuses_and_writes_nothing(house: House) -> None:
 def test_a_method_that_asks_for_more_than_it_declares_releases_nothing(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def greedy(self: FedAvg, broadcast: Any, door: Any) -> torch.Tensor:
+    def greedy(self: FedAvg, broadcast: Any, shared: Any, door: Any) -> tuple[torch.Tensor, Any]:
         batch = door.draw()
         door.gradient(broadcast["theta"].unsqueeze(0), batch)
-        return door.gradient(broadcast["theta"].unsqueeze(0), batch)
+        return door.gradient(broadcast["theta"].unsqueeze(0), batch), {}
 
     monkeypatch.setattr(FedAvgClass, "contribute", greedy)
     assert "not released" in refused(house.sites["a"], begin(house.plan(PLAIN))).reason
