@@ -374,16 +374,15 @@ class Site:
             self._shared, self._after = self._after[1], None
         if self._after is not None and self._after[0] > plan.round and self._after[1]:
             raise wire.WireError(f"{self.name} is at round {self._after[0]}: it can not go back to {plan.round}")
-        self._init(plan.config)
-        assert self._shared is not None
-        return self._shared
+        return self._states(plan.config)[0]
 
-    def _init(self, config: Config) -> None:
-        """Have the states that a site begins a run with, where it has none yet."""
+    def _states(self, config: Config) -> tuple[State, State]:
+        """Shared and private state; those that a site begins a run with where it has none yet."""
         if self._shared is None or self._private is None:
             shared, private = first_states(config, self._schema)
             self._shared = shared if self._shared is None else self._shared
             self._private = private if self._private is None else self._private
+        return self._shared, self._private
 
     def _test_noise(self, encoding: Summand) -> None:
         """Have this site's share of noise tested before it is relied on.
@@ -479,11 +478,11 @@ class Site:
         self._current = None
         config, records = plan.config, self._records(plan.config, state)
         model = build_model(config, self._schema)
-        self._init(config)
+        _, private = self._states(config)
         door = local_door(config, self._schema, records)
         # A copy: exact steps must not get into what the next update is made of, by accident either
         shared = {name: tensor.clone() for name, tensor in self.shared_state.items()}
-        self._private = config.method.personalize(state, shared, self._private, door)
+        self._private = config.method.personalize(state, shared, private, door)
         if self._local_only is None:
             start = {"theta": parameters.to_vector(model)}
             alone = Local(steps=config.evaluation.local_steps, lr=config.evaluation.local_lr)
