@@ -1,7 +1,8 @@
 """What the events cost: ε at a given δ, from above, by two independent methods.
 
 Privacy loss distributions (pld.py) are tight, and exist for the Gaussian events. Rényi divergences (rdp.py) are quick,
-exist for every event, and compose by addition. What is reported is the smaller bound.
+exist for every event, and compose by addition. What is reported is the smaller bound. Skellam noise of a large variance
+is priced either way: as rounded Gaussian noise, a little of δ being set aside for how near it is (closeness.py).
 """
 
 import math
@@ -15,7 +16,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from . import pld, rdp
+from . import closeness, pld, rdp
 from .errors import NoGuarantee
 from .events import (
     ALL_RECORDS,
@@ -39,6 +40,8 @@ _STEPS_PER_EPSILON = 500  # the first grid: coarse enough to be cheap, fine enou
 _MAX_WORLDS = 16  # combinations of parts that are convolved one by one
 _MANY_RATES = 24  # at one noise multiplier; more are placed between the nodes of a fixed grid of rates
 _NODES_PER_OCTAVE = 16  # neighbours differ by 4.4 %, which moves ε by at most (0.044)²/8 = 0.025 %
+_MANY_LEVELS = 32  # of sampled Skellam noise; more are priced together
+_NEAR = 0.25  # of δ, at most, for Skellam noise that stands as Gaussian: a quarter of δ is 1 % of ε
 
 Method = Literal["pld", "rdp", "pld+rdp"]
 
@@ -69,6 +72,16 @@ class _Cost(NamedTuple):
     value: float
     accountant: Method
     tolerance: float
+    near: float = 0.0  # total variation between the noise as it is and as it was priced
+
+
+class _Sorted(NamedTuple):
+    """Events by the way they are priced."""
+
+    gaussian: _Multiset  # Skellam events among them stand as their twins
+    skellam: _Multiset
+    near: float  # total variation between the first group as it is and as it stands here
+    reserved: float  # what that adds to δ, at any ε up to that of RDP
 
 
 class Accountant:
@@ -79,10 +92,12 @@ class Accountant:
     add-or-remove-one adjacency only. Charges to the parts of one split compose in parallel: the worst part counts,
     not the sum. A record is in one part of *every* split, so different splits compose sequentially.
 
-    A vector's Skellam noise has no loss distribution of one dimension: RDP bounds it. In a mixed ledger either all
-    events compose by RDP, or δ is halved between the Gaussian events (PLD) and the Skellam ones and their ε are added;
-    the smaller counts. The second holds for interleaved adaptive releases too (Vadhan and Zhang 2023, "Concurrent
-    Composition Theorems for Differential Privacy").
+    A vector's Skellam noise has no loss distribution of one dimension. It costs what RDP bounds, or, where its variance
+    is large, what rounded Gaussian noise costs at a δ that is less by (1 + e^ε) times the total variation between the
+    two (closeness.py); the smaller counts. Where some Skellam noise is too coarse for that, either all events compose
+    by RDP, or δ is halved between the Gaussian events and those, and their ε are added; again the smaller counts. That
+    holds for interleaved adaptive releases too (Vadhan and Zhang 2023, "Concurrent Composition Theorems for
+    Differential Privacy").
 
     Of many sampling rates at one noise multiplier, each is bounded by a public coin between the next rates of a fixed
     grid, 16 to an octave: ε grows by less than 0.05 %, and the work no longer grows with the number of rates.
@@ -142,14 +157,14 @@ class Accountant:
     def _compute_answer(self, charges: tuple[Charge, ...], delta: float) -> Epsilon:
         always, splits = _sort_by_group(charges)
         worlds = _worlds(always, splits)
-        notes = _notes(charges)
         if worlds is None:
             value = self._rdp_over_splits(always, splits, delta)
+            notes = _notes(_Cost(value, "rdp", 0.0), charges)
             return Epsilon(value, delta, "rdp", 0.0, {"worst part of every split": value}, notes)
         costs = {name: self._cost(multiset, delta) for name, multiset in worlds.items()}
         worst = max(costs.values(), key=lambda cost: cost.value)
         per_group = {name: cost.value for name, cost in costs.items()}
-        return Epsilon(worst.value, delta, worst.accountant, worst.tolerance, per_group, notes)
+        return Epsilon(worst.value, delta, worst.accountant, worst.tolerance, per_group, _notes(worst, charges))
 
     def _compute_cost(self, events: _Multiset, delta: float) -> _Cost:
         if not events:
@@ -157,16 +172,20 @@ class Accountant:
         if any(is_noiseless(event) for event, _ in events):
             return _Cost(math.inf, "pld", 0.0)
         composed = _Cost(self._rdp_epsilon(events, delta), "rdp", 0.0)
-        if delta / 2 < pld.MIN_DELTA and delta < pld.MIN_DELTA:
+        if delta < pld.MIN_DELTA:
             return composed
-        shared = tuple((event, count) for event, count in events if isinstance(event, Skellam))
-        rest = tuple((event, count) for event, count in events if not isinstance(event, Skellam))
-        if not shared:
-            return min(self._gaussian_cost(rest, delta, composed.value), composed, key=lambda cost: cost.value)
-        if rest and delta / 2 >= pld.MIN_DELTA:
-            half = self._gaussian_cost(rest, delta / 2, self._rdp_epsilon(rest, delta / 2))
-            split = _Cost(half.value + self._rdp_epsilon(shared, delta / 2), "pld+rdp", half.tolerance)
-            return min(composed, split, key=lambda cost: cost.value)
+        by = _sorted(events, delta, composed.value)
+        if not by.skellam:
+            left = delta - by.reserved
+            exact = self._gaussian_cost(by.gaussian, left, composed.value)._replace(near=by.near)
+            return min(exact, composed, key=lambda cost: cost.value)
+        left = delta / 2 - by.reserved
+        if by.gaussian and left >= pld.MIN_DELTA:
+            half = self._gaussian_cost(by.gaussian, left, self._rdp_epsilon(by.gaussian, left))
+            if half.value <= composed.value:  # the reserve is for no larger ε
+                value = half.value + self._rdp_epsilon(by.skellam, delta / 2)
+                split = _Cost(value, "pld+rdp", half.tolerance, by.near)
+                return min(composed, split, key=lambda cost: cost.value)
         return composed
 
     def _compute_quick_cost(self, events: _Multiset, delta: float) -> float:
@@ -175,13 +194,17 @@ class Accountant:
         if any(is_noiseless(event) for event, _ in events):
             return math.inf
         composed = self._rdp_epsilon(events, delta)
-        if delta < pld.MIN_DELTA or not all(pld.supports(event) for event, _ in events):
+        if delta < pld.MIN_DELTA:
             return composed
-        exact = _gaussian_epsilon(events, delta)
+        by = _sorted(events, delta, composed)
+        if by.skellam:
+            return composed
+        left = delta - by.reserved
+        exact = _gaussian_epsilon(by.gaussian, left)
         if exact is not None:
-            return exact
-        single, mixed = _between_nodes(events)
-        return min(composed, self._on_grid(single, mixed, _first_step(composed), delta))
+            return min(composed, exact)
+        single, mixed = _between_nodes(by.gaussian)
+        return min(composed, self._on_grid(single, mixed, _first_step(composed), left))
 
     def _rdp_epsilon(self, events: _Multiset, delta: float) -> float:
         return _epsilon_of(self._composed(events), delta, _sampling_error(events))
@@ -359,7 +382,49 @@ def _epsilon_of(divergence: _Floats, delta: float, sampling_error: float) -> flo
     return value
 
 
-def _notes(charges: Sequence[Charge]) -> tuple[str, ...]:
+def _sorted(events: _Multiset, delta: float, most_epsilon: float) -> _Sorted:
+    """The events, Skellam ones as Gaussian ones where they are near enough for a small part of δ.
+
+    Args:
+        most_epsilon: a bound of ε by RDP. A larger one is of no interest, so e^ε is no larger.
+    """
+    shared = [(event, count) for event, count in events if isinstance(event, Skellam)]
+    others: list[tuple[Event, int]] = [(event, count) for event, count in events if not isinstance(event, Skellam)]
+    near: tuple[tuple[Skellam, int], ...] = ()
+    if shared and most_epsilon < 300:
+        near = closeness.nearest(shared, _NEAR * delta / (1 + math.exp(most_epsilon)))
+    if not near:
+        return _Sorted(tuple(others), tuple(shared), 0.0, 0.0)
+    coarse = tuple(pair for pair in shared if pair not in near)
+    apart = closeness.total_variation(near)
+    return _Sorted(_multiset(Counter(dict(others)) + _twins(near)), coarse, apart, apart * (1 + math.exp(most_epsilon)))
+
+
+def _twins(events: Sequence[tuple[Skellam, int]]) -> Counter[Event]:
+    """The Gaussian events that these stand as. Of very many sampled ones, neighbours share the least noise."""
+    exact: Counter[Event] = Counter()
+    sampled: dict[float, Counter[float]] = {}
+    for event, count in events:
+        twin = closeness.twin(event)
+        if isinstance(twin, Gaussian):
+            exact[twin] += count
+        else:
+            sampled.setdefault(twin.sample_rate, Counter())[twin.noise_multiplier] += count
+    for rate, counts in sampled.items():
+        multipliers = sorted(counts)
+        size = -(-len(multipliers) // _MANY_LEVELS)
+        for start in range(0, len(multipliers), size):
+            together = multipliers[start : start + size]
+            exact[PoissonGaussian(rate, together[0])] += sum(counts[multiplier] for multiplier in together)
+    return exact
+
+
+def _notes(cost: _Cost, charges: Sequence[Charge]) -> tuple[str, ...]:
+    if cost.near:
+        return (
+            f"Skellam noise counts as rounded Gaussian noise, of which it is within {cost.near:.1g} in total "
+            "variation: δ makes up for that",
+        )
     if any(isinstance(charge.event, Skellam) and charge.event.sample_rate < 1 for charge in charges):
-        return ("Skellam noise with sample_rate below 1: only the generic subsampling bound exists, and it is loose",)
+        return ("sampled Skellam noise, too coarse to count as Gaussian: the generic bound of subsampling is loose",)
     return ()

@@ -109,7 +109,7 @@ class Skellam(msgspec.Struct, frozen=True, kw_only=True, tag="skellam", forbid_u
         dim: coordinates of the vector, padding included.
         l2_squared: the largest Σ xᵢ² of what one unit moves in the sum, in integer units, rounding counted.
         l1: the largest Σ |xᵢ| of it. Never above min(√dim · √l2_squared, l2_squared).
-        sample_rate: probability of each unit to be in the sum, in (0, 1]; below 1 only a loose bound exists.
+        sample_rate: probability of each unit to be in the sum, in (0, 1]; below 1, coarse noise has only a loose bound.
     """
 
     share_variance: int

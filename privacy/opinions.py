@@ -12,10 +12,10 @@ import msgspec
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
-from . import pld
+from . import closeness, pld
 from .accountant import Accountant
 from .errors import NoGuarantee, PrivacyError
-from .events import ALL_RECORDS, Adjacency, Charge, Gaussian, PoissonGaussian, to_dp_event
+from .events import ALL_RECORDS, Adjacency, Charge, Gaussian, PoissonGaussian, Skellam, to_dp_event
 
 _PLD_STEP = 1e-4
 _PRV_ERROR = 0.01
@@ -75,11 +75,31 @@ def opinions(charges: Iterable[Charge], delta: float, accountant: Accountant) ->
     ours = accountant.epsilon(charges, delta)
     return (
         Opinion(f"privfed, the least: {ours.accountant.upper()}", ours.value, ours.tolerance, "; ".join(ours.notes)),
-        _asked("PLD, dp-accounting", _PLD_STEP, lambda: _dp_accounting(PLDAccountant, charges, delta)),
+        _asked("PLD, dp-accounting", _PLD_STEP, lambda: by_pld(charges, delta, accountant)),
         _asked("RDP, privfed", 0.0, lambda: accountant.rdp_epsilon(charges, delta)),
         _asked("RDP, dp-accounting", 0.0, lambda: _dp_accounting(RdpAccountant, charges, delta)),
         _asked("PRV, Opacus", _PRV_ERROR, lambda: _prv(charges, delta)),
     )
+
+
+def by_pld(charges: Sequence[Charge], delta: float, accountant: Accountant) -> float:
+    """ε by dp-accounting's PLD, Skellam noise standing as the rounded Gaussian noise that it is near to.
+
+    Raises:
+        UnsupportedEvent: Skellam noise that is not near enough.
+        NoGuarantee: dp-accounting's answer is above the one that the noise is near enough for.
+    """
+    if not any(isinstance(charge.event, Skellam) for charge in charges):
+        return _dp_accounting(PLDAccountant, charges, delta)
+    most = accountant.rdp_epsilon(charges, delta)
+    standing, left = closeness.stand_in(charges, delta, most)
+    precision = math.fsum(c.count / c.event.noise_multiplier**2 for c in standing if isinstance(c.event, Gaussian))
+    sampled = [charge for charge in standing if not isinstance(charge.event, Gaussian)]
+    together = [Charge(Gaussian(precision**-0.5))] if precision else []  # unsampled Gaussians compose to one
+    value = _dp_accounting(PLDAccountant, [*sampled, *together], left)
+    if value > most:
+        raise NoGuarantee("PLD finds more than RDP here, and δ was set aside for no larger ε")
+    return value
 
 
 def epsilon_by(method: str, charges: Iterable[Charge], delta: float, accountant: Accountant) -> Opinion:

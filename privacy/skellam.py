@@ -184,7 +184,7 @@ class SharedNoise:
             whole client's vector, of `record_l2_bound` for one record or patient inside it.
         minimum_cohort: the fewest sites whose sum may be released.
         colluders: sites whose shares the adversary of the claim knows.
-        sample_rate: probability of each unit to be in the sum; below 1 only a loose bound of ε exists.
+        sample_rate: probability of each unit to be in the sum; below 1, coarse noise has only a loose bound of ε.
     """
 
     noise_multiplier: float

@@ -16,7 +16,16 @@ from privfed.errors import ConfigError
 from privfed.privacy.accountant import Accountant, Epsilon
 from privfed.privacy.adversaries import Adversary, Deployment, Exposure, exposures
 from privfed.privacy.errors import PrivacyError
-from privfed.privacy.events import Charge, Event, Gaussian, NoiseSite, PatientMixture, Skellam, from_canonical_json
+from privfed.privacy.events import (
+    ALL_RECORDS,
+    Charge,
+    Event,
+    Gaussian,
+    NoiseSite,
+    PatientMixture,
+    Skellam,
+    from_canonical_json,
+)
 from privfed.privacy.ledger import Recorded
 from privfed.privacy.opinions import opinions
 from privfed.summary import worst
@@ -457,6 +466,7 @@ def second_opinions(charges: Sequence[Charge], delta: float, accountant: Account
     """Other accountants on the chain that has spent most; no one answers for an accountant that has no bound."""
     if not charges or any(multiplier(charge.event) == 0 for charge in charges):
         return ()
+    charges = _dearest_history(charges, delta, accountant)
     with _quiet():
         if any(isinstance(charge.event, Skellam) for charge in charges):
             return _second_on_skellam(charges, delta, accountant)
@@ -470,12 +480,23 @@ def second_opinions(charges: Sequence[Charge], delta: float, accountant: Account
         )
 
 
+def _dearest_history(charges: Sequence[Charge], delta: float, accountant: Accountant) -> tuple[Charge, ...]:
+    """What touched the records of the parts that cost most, if one can tell: the others have no say in ε."""
+    per_group = accountant.epsilon(charges, delta).per_group
+    parts = {ALL_RECORDS, *max(per_group, key=lambda name: per_group[name]).split()}
+    if not parts <= {ALL_RECORDS, *(charge.group for charge in charges)}:
+        return tuple(charges)
+    return tuple(msgspec.structs.replace(charge, group=ALL_RECORDS) for charge in charges if charge.group in parts)
+
+
 _OUR_RDP = "RDP, privfed"
+_NEAR = "PLD, dp-accounting; Skellam noise as the rounded Gaussian noise it is near to"
 _ORDERS = [*range(2, 64), *range(64, 512, 8), 1024, 2048]
 
 
 def _second_on_skellam(charges: Sequence[Charge], delta: float, accountant: Accountant) -> tuple[Opinion, ...]:
-    """dp-accounting has no Skellam noise: its bound is written out here again, and converted by dp-accounting.
+    """dp-accounting has no Skellam noise: its RDP bound is written out here again, and converted by dp-accounting.
+    Where the noise is near to rounded Gaussian noise, dp-accounting's PLD is asked about that.
 
     Source: Agarwal, Kairouz and Liu 2021, Theorem 3.5, for integer orders α: αΔ₂²/2μ + min{((2α−1)Δ₂²+6Δ₁)/4μ²,
     3Δ₁/2μ}. Gaussian noise costs α/2σ².
@@ -494,10 +515,15 @@ def _second_on_skellam(charges: Sequence[Charge], delta: float, accountant: Acco
                 total[order] += charge.count * order / (2 * event.noise_multiplier**2)
             else:
                 note = "sampling, or parts of a split, beside noise in shares: it has no bound"
+    near = Opinion(accountant=_NEAR, epsilon=None, tolerance=0.0, note="parts of a split, or many different events")
+    sampled = {charge.event for charge in charges if isinstance(charge.event, Skellam) and charge.event.sample_rate < 1}
+    if len({charge.group for charge in charges}) == 1 and len(sampled) <= _MOST_EVENTS:
+        by_pld = opinions(charges, delta, accountant)[1]
+        near = Opinion(accountant=_NEAR, epsilon=by_pld.epsilon, tolerance=by_pld.tolerance, note=by_pld.note)
     if note:
-        return (Opinion(accountant=name, epsilon=None, tolerance=0.0, note=note), ours)
+        return (Opinion(accountant=name, epsilon=None, tolerance=0.0, note=note), ours, near)
     value, _ = compute_epsilon(list(total), list(total.values()), delta)
-    return (Opinion(accountant=name, epsilon=bounded(float(value)), tolerance=0.0, note=""), ours)
+    return (Opinion(accountant=name, epsilon=bounded(float(value)), tolerance=0.0, note=""), ours, near)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from privfed.cohort import cohort_of
 from privfed.federation import RoundReport
 from privfed.figures import Released
 from privfed.noise_levels import evaluations, figures_target
-from privfed.privacy.events import NoiseSite, PrivacyUnit
+from privfed.privacy.events import PrivacyUnit
 from privfed.summary import STATUS, AdversarySummary, FigureSummary, Summary, sampling
 from privfed.terms import claimed_colluders, shares_noise
 
@@ -175,8 +175,6 @@ def _beside(ready: Preparation) -> list[tuple[str, str]]:
                 f"the target, the fewest in a sum ({cohort.minimum_cohort}) less {colluders} that may collude",
             )
         )
-    if config.privacy.noise is NoiseSite.DISTRIBUTED and config.privacy.rate < 1 and shares_noise(config):
-        lines.append(("sampling", "the known bound for drawn shares is loose: sample_rate = 1 mostly needs less noise"))
     if config.privacy.standardise_epsilon is not None:
         lines.append(
             ("inputs", f"standardised by noised means, ε = {config.privacy.standardise_epsilon:g} of the target")

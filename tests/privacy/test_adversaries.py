@@ -66,14 +66,14 @@ def test_what_is_released_in_shares_beside_the_updates_is_read_by_shares(unit: P
 @pytest.mark.parametrize("unit", [RECORD, PATIENT, CLIENT])
 @pytest.mark.parametrize("sites", [3, 5])
 def test_shared_noise_against_a_site_that_knows_its_own_share(unit: PrivacyUnit, sites: int) -> None:
-    """σ·√((n−1)/n); the design's exact Gaussian values are 3.85 → 4.87 at n = 3 and 4.38 at n = 5, RDP is above."""
+    """σ·√((n−1)/n); the design's exact Gaussian values are 3.85 → 4.87 at n = 3 and 4.38 at n = 5. At a scale this fine
+    Skellam noise costs no more than a ten-thousandth above them; RDP alone is 8 % above."""
     lines = table(deployment(unit, NoiseSite.DISTRIBUTED), [shares(sites, 0)])
     full = value(lines[Adversary.SERVER, 0])
     assert full == value(lines[Adversary.MODEL_USER, 0])
     for got, noise in ((full, 5.0), (value(lines[Adversary.OTHER_SITE, 0]), 5 * math.sqrt((sites - 1) / sites))):
         exact = dp_accounting.get_epsilon_gaussian(noise / math.sqrt(20), 1e-5)
-        assert exact <= got <= exact * 1.1
-        assert got == pytest.approx(gaussian(noise), rel=1e-3)
+        assert exact * (1 - 1e-9) <= got <= exact * (1 + 1e-4) < gaussian(noise)
 
 
 def test_colluders_up_to_the_threshold_and_beyond() -> None:
@@ -82,8 +82,8 @@ def test_colluders_up_to_the_threshold_and_beyond() -> None:
     assert costs == sorted(costs)
     assert costs[0] == value(lines[Adversary.SERVER, 0])
     for c, cost in ((2, costs[1]), (3, costs[2])):
-        noise = 5 * math.sqrt((10 - c) / 10)
-        assert cost == pytest.approx(gaussian(noise), rel=1e-3)
+        exact = dp_accounting.get_epsilon_gaussian(5 * math.sqrt((10 - c) / 200), 1e-5)
+        assert exact * (1 - 1e-9) <= cost <= exact * (1 + 1e-3)
     own = gaussian(5 / math.sqrt(10))
     assert costs[3] == costs[4] == pytest.approx(own, rel=1e-3)
     assert "own share" in lines[Adversary.COALITION, 4].reason
