@@ -87,24 +87,19 @@ class MemoryJournal:
                 entry.seed = None
 
 
-class SQLiteJournal:
-    """A journal in one 0600 file that survives kill -9; several owners (sites) may share it.
+class JournalFile:
+    """The 0600 file of one or several journals.
 
     Args:
         path: created if missing.
-        owner: whose memory this is, the site's name.
-        entropy: system entropy; a test may inject its own.
 
     Raises:
         PermissionError: the file exists and others may read it.
-
-    **Guarantees**: every method returns after the change is on disk (synchronous=FULL) and a finished seed's page is
-    overwritten (secure_delete). Not promised: erasure from SQLite's rollback file or from flash below the file system,
-    and detection of a restored backup; never restore this file.
     """
 
-    def __init__(self, path: Path, owner: str, entropy: Callable[[int], bytes] = secrets.token_bytes) -> None:
-        self._path, self._owner, self._entropy = path, owner, entropy
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._open: sqlite3.Connection | None = None  # of a block of `together`
         # Created before SQLite opens it: between its creation and a chmod, others could open it.
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
         try:
@@ -113,7 +108,7 @@ class SQLiteJournal:
             os.close(descriptor)
         if mode & 0o077:
             raise PermissionError(f"{path} must be readable by its owner alone, has mode {mode:04o}; chmod 600 it")
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.execute(
                 "CREATE TABLE IF NOT EXISTS sessions (owner TEXT, run TEXT, round INTEGER NOT NULL,"
                 " attempt INTEGER NOT NULL, sid BLOB NOT NULL, seed BLOB, PRIMARY KEY (owner, run))"
@@ -123,8 +118,77 @@ class SQLiteJournal:
                 " reply BLOB NOT NULL, PRIMARY KEY (owner, run, step))"
             )
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is written in this block is on disk when the block ends, and not before: all of it, or nothing.
+
+        For a process that simulates many sites and lets no answer out before the block has ended.
+        """
+        with self._connected(check_same_thread=False) as db:
+            self._open = db
+            try:
+                yield
+            finally:
+                self._open = None
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """All of the block or nothing; on disk when it ends, or when the block of `together` around it does."""
+        if self._open is None:
+            with self._connected() as db:
+                yield db
+            return
+        db = self._open
+        db.execute("SAVEPOINT one")
+        try:
+            yield db
+        except BaseException:
+            db.execute("ROLLBACK TO one")
+            raise
+        finally:
+            db.execute("RELEASE one")
+
+    @contextmanager
+    def _connected(self, check_same_thread: bool = True) -> Iterator[sqlite3.Connection]:
+        """One connection, one write transaction: nothing is held open between calls, in any thread or process."""
+        connection = sqlite3.connect(self._path, timeout=60, isolation_level=None, check_same_thread=check_same_thread)
+        with closing(connection) as db:
+            db.execute("PRAGMA synchronous = FULL")
+            db.execute("PRAGMA secure_delete = ON")
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+            except BaseException:
+                db.execute("ROLLBACK")
+                raise
+            db.execute("COMMIT")
+
+
+class SQLiteJournal:
+    """A journal in a file that survives kill -9; several owners (sites) may share it.
+
+    Args:
+        file: the file, or its path.
+        owner: whose memory this is, the site's name.
+        entropy: system entropy; a test may inject its own.
+
+    Raises:
+        PermissionError: the file exists and others may read it.
+
+    **Guarantees**: every method returns after the change is on disk (synchronous=FULL; in a block of
+    `JournalFile.together`, when that ends) and a finished seed's page is overwritten (secure_delete). Not promised:
+    erasure from SQLite's rollback file or from flash below the file system, and detection of a restored backup; never
+    restore this file.
+    """
+
+    def __init__(
+        self, file: Path | JournalFile, owner: str, entropy: Callable[[int], bytes] = secrets.token_bytes
+    ) -> None:
+        self._file = file if isinstance(file, JournalFile) else JournalFile(file)
+        self._owner, self._entropy = owner, entropy
+
     def begin(self, sid: bytes, run: str, round: int, attempt: int) -> bytes:
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             row = db.execute(
                 "SELECT round, attempt, sid, seed FROM sessions WHERE owner = ? AND run = ?", (self._owner, run)
             ).fetchone()
@@ -141,7 +205,7 @@ class SQLiteJournal:
             return seed
 
     def answer(self, sid: bytes, step: str, request_digest: bytes, reply_digest: bytes) -> None:
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             row = db.execute(
                 "SELECT run FROM sessions WHERE owner = ? AND sid = ? AND seed IS NOT NULL", (self._owner, sid)
             ).fetchone()
@@ -160,22 +224,8 @@ class SQLiteJournal:
                 raise _answered(step)
 
     def finish(self, sid: bytes) -> None:
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             db.execute("UPDATE sessions SET seed = NULL WHERE owner = ? AND sid = ?", (self._owner, sid))
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """One connection, one write transaction: nothing is held open between calls, in any thread or process."""
-        with closing(sqlite3.connect(self._path, timeout=60, isolation_level=None)) as db:
-            db.execute("PRAGMA synchronous = FULL")
-            db.execute("PRAGMA secure_delete = ON")
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-            except BaseException:
-                db.execute("ROLLBACK")
-                raise
-            db.execute("COMMIT")
 
 
 class Answers:

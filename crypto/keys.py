@@ -134,8 +134,10 @@ class MemoisedVerify:
     """`verify` that remembers what it found valid: for simulations, in which one process plays every client.
 
     There the n clients check the same n signatures; a party on its own gains nothing from it. Remembers 32 bytes a
-    signature for as long as it lives: make one for each round.
+    signature, and after a hundred thousand of them begins anew.
     """
+
+    _MOST = 100_000
 
     def __init__(self) -> None:
         self._valid: set[bytes] = set()
@@ -144,4 +146,6 @@ class MemoisedVerify:
         question = digest("verified", public, signature, statement)
         if question not in self._valid:
             verify(public, signature, statement)
+            if len(self._valid) >= self._MOST:
+                self._valid.clear()
             self._valid.add(question)

@@ -148,7 +148,7 @@ def utc_now() -> datetime:
 
 
 class Ledger:
-    """Opens the ledger at `path`, or creates it (mode 0600) if nothing is there. One thread each; many processes.
+    """Opens the ledger at `path`, or creates it (mode 0600) if nothing is there. One thread at a time; many processes.
 
     **Guarantees.** An entry is on disk when the call that writes it returns, and survives kill -9 and power loss (as
     far as the disk honours fsync). An entry is written whole or not at all. Writers on one file take turns, so a check
@@ -170,6 +170,8 @@ class Ledger:
         self.path = Path(path)
         self._clock = clock
         self._chains: dict[str, _Chain] = {}
+        self._grouped = False
+        self._complete: tuple[int, int] | None = None  # the state of the file in which nothing was missing
         with self._explained():
             if not self.path.exists():
                 _create(self.path)
@@ -190,6 +192,29 @@ class Ledger:
 
     def close(self) -> None:
         self._connection.close()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is written in this block is on disk when the block ends, and not before: all of it, or nothing.
+
+        For a process that simulates many sites and lets nothing out before the block has ended. Other writers on the
+        file wait from the block's first entry on.
+
+        Raises:
+            PrivacyError, LedgerCorrupt: at the end: nothing of the block was written.
+        """
+        self._grouped = True
+        try:
+            yield
+            with self._explained():
+                if self._connection.in_transaction:
+                    self._connection.execute("COMMIT")
+        except BaseException:
+            self._roll_back()
+            self._chains.clear()  # they hold what was not written
+            raise
+        finally:
+            self._grouped = False
 
     def charge(self, entry: Entry, check: Check | None = None) -> Recorded:
         """Writes a spend, durably, before the release that it pays for.
@@ -288,14 +313,8 @@ class Ledger:
     def add_statements(self, statements: Iterable[tuple[str, bytes]]) -> None:
         """Keep, durably, what was signed about each site's chain. Its content is the signers' business."""
         with self._explained():
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
+            with self._writing():
                 self._connection.executemany("INSERT INTO statements (site, body) VALUES (?, ?)", statements)
-                self._connection.execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
-                raise
 
     def statements(self, site: str | None = None) -> tuple[bytes, ...]:
         """What was signed about one chain, or about all, in the order in which it came."""
@@ -315,6 +334,7 @@ class Ledger:
         """
         with self._explained():
             self._chains.clear()
+            self._complete = None
             for site in self._sites():
                 self._read_on(site)
             self._check_complete()
@@ -324,9 +344,7 @@ class Ledger:
 
     def _append(self, entry: Entry, check: Check | None) -> Recorded:
         with self._explained():
-            # IMMEDIATE takes the write lock before reading: two runs cannot both see the last of a budget
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
+            with self._writing():
                 chain = self._read_on(entry.site)
                 earlier = chain.by_key.get(_key(entry))
                 if earlier is None:
@@ -343,12 +361,33 @@ class Ledger:
                         "already in the ledger with another content. A retry must repeat the same release; give a "
                         "release with fresh noise a new attempt"
                     )
-                self._connection.execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
-                raise
             return earlier or self._read_on(entry.site).by_key[_key(entry)]
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """All of the block or nothing; durable when it ends, or when the block of `together` around it does."""
+        if not self._connection.in_transaction:
+            # IMMEDIATE takes the write lock before reading: two runs cannot both see the last of a budget
+            self._connection.execute("BEGIN IMMEDIATE")
+        self._connection.execute("SAVEPOINT one")
+        try:
+            yield
+            self._connection.execute("RELEASE one")
+            if not self._grouped:
+                self._connection.execute("COMMIT")
+        except BaseException:
+            if not self._grouped:
+                self._roll_back()
+            elif self._connection.in_transaction:
+                self._complete = None
+                self._connection.execute("ROLLBACK TO one")
+                self._connection.execute("RELEASE one")
+            raise
+
+    def _roll_back(self) -> None:
+        self._complete = None
+        if self._connection.in_transaction:
+            self._connection.execute("ROLLBACK")
 
     def _insert(self, chain: "_Chain", entry: Entry) -> None:
         moment = self._clock()
@@ -364,6 +403,7 @@ class Ledger:
                 *(body, hashlib.sha256(chain.head + body).digest()),
             ),
         )
+        self._complete = self._state()  # it was, a moment ago under this lock, and one more row changes nothing
 
     def _read_on(self, site: str) -> "_Chain":
         """The site's chain with what was added since the last look, each entry checked as it is read."""
@@ -430,6 +470,9 @@ class Ledger:
 
     def _check_complete(self) -> None:
         """No chain shows that its last entry is gone. SQLite's own count of numbers given out does."""
+        state = self._state()
+        if state == self._complete:
+            return
         for table in ("entries", "statements"):
             held, last, given = self._connection.execute(
                 f"SELECT (SELECT COUNT(*) FROM {table}), (SELECT COALESCE(MAX(id), 0) FROM {table}), "
@@ -437,6 +480,12 @@ class Ledger:
             ).fetchone()
             if not held == last == given:
                 raise LedgerCorrupt(self.path, f"{max(last, given) - held} of {max(last, given)} {table} are missing")
+        self._complete = state
+
+    def _state(self) -> tuple[int, int]:
+        """Changes with every write to the file, by whomever."""
+        (others,) = self._connection.execute("PRAGMA data_version").fetchone()
+        return others, self._connection.total_changes
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -549,7 +598,7 @@ def _decode_body(body: bytes) -> _Body:
 def _connect(path: Path) -> sqlite3.Connection:
     # mode=rw: a file that vanished is an error, never silently a new and empty ledger
     uri = f"{path.resolve().as_uri()}?mode=rw"
-    connection = sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None)
+    connection = sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     # With a rollback journal, FULL may lose the last commit to a power cut (the folder is not synced after the
     # journal is deleted). EXTRA syncs it.
     connection.execute("PRAGMA synchronous = EXTRA")

@@ -207,6 +207,14 @@ class Simulation(Section, frozen=True, forbid_unknown_fields=True, kw_only=True)
     deadline_seconds: Annotated[float, Meta(gt=0, le=86400, description="how long the server waits in each step")] = (
         600.0
     )
+    engine: Annotated[
+        str,
+        Meta(
+            pattern="^(auto|cohort|opacus)$",
+            description='who computes gradients: "opacus", each site its own; "cohort", one pass for all sites; '
+            '"auto", the latter from eight sites on, where it knows the network',
+        ),
+    ] = "auto"
     threads: Annotated[
         int, Meta(ge=1, le=1024, description="torch threads; as many processes encrypt long vectors")
     ] = 1

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from privfed.crypto.packing import IntVector
 from privfed.privacy import noise
 from privfed.privacy.events import Charge, Gaussian, PrivacyUnit
+from privfed.privacy.oracle.together import Oracle
 from privfed.privacy.shared import ClientSum, RecordSum
 
 from . import doors
@@ -43,6 +44,7 @@ def contribute(
     noise_multiplier: float,
     key: bytes,
     network: Network | None = None,
+    oracle: Oracle | None = None,
 ) -> Contribution:
     """The site's part in the round's sum.
 
@@ -54,6 +56,7 @@ def contribute(
         key: bytes[32], secret, for this release alone: every random number derives from it, so that the same release
             can be made again after a crash.
         network: as of `doors.private_door`; of no account where the claim is about the whole update, or none is made.
+        oracle: computes gradients for simulated sites together; None at a real site.
 
     Raises:
         PrivfedError: the method executed something else than it declared; nothing may be released.
@@ -64,20 +67,29 @@ def contribute(
         if not isinstance(method, SingleQuery):
             raise PrivfedError(f"method {type(method).__name__} asks for more than one gradient: not released")
         shares = doors.share_door(
-            config, schema, records, encoding, noise_multiplier=noise_multiplier, key=key, network=network
+            config,
+            schema,
+            records,
+            encoding,
+            noise_multiplier=noise_multiplier,
+            key=key,
+            network=network,
+            oracle=oracle,
         )
         return Contribution(shares.noised_sum(method.point(state)), shares.charges, in_shares=True)
     if isinstance(encoding, ClientSum):
-        exact = doors.exact_door(config, schema, records, noise.derive_key(key, b"draw"))
+        exact = doors.exact_door(config, schema, records, noise.derive_key(key, b"draw"), oracle=oracle)
         update, after = method.contribute(state, shared, exact)
         vector = encoding.encode(update[0, leaves].numpy(), noise.derive_key(key, b"release"))
         return Contribution(vector, (Charge(encoding.event()),), in_shares=not encoding.at_server, shared=after)
     if config.privacy.unit is PrivacyUnit.NONE:
-        update, after = method.contribute(state, shared, doors.exact_door(config, schema, records, key))
+        update, after = method.contribute(state, shared, doors.exact_door(config, schema, records, key, oracle=oracle))
         # An update without noise is booked as what it is: ε of these records is infinite from now on.
         free = (Charge(Gaussian(noise_multiplier=0.0)),)
         return Contribution(encoding.grid.encode(update[0, leaves].numpy()), free, in_shares=False, shared=after)
-    private = doors.private_door(config, schema, records, noise_multiplier=noise_multiplier, key=key, network=network)
+    private = doors.private_door(
+        config, schema, records, noise_multiplier=noise_multiplier, key=key, network=network, oracle=oracle
+    )
     update, after = method.contribute(state, shared, private)
     planned = planned_charges(config, encoding, noise_multiplier)
     if sorted(private.charges, key=repr) != sorted(planned, key=repr):

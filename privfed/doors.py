@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from privfed.privacy import noise
 from privfed.privacy.events import PrivacyUnit
-from privfed.privacy.oracle.door import ALL, Door, DoorSettings, Loss, Records
+from privfed.privacy.oracle.door import ALL, Door, DoorSettings, Loss, NoisedDoor, Records
 from privfed.privacy.oracle.opacus import OpacusDoor
 from privfed.privacy.oracle.patients import PatientDoor
 from privfed.privacy.oracle.plain import PlainDoor
 from privfed.privacy.oracle.shares import ShareDoor
+from privfed.privacy.oracle.together import AskingDoor, AskingPlainDoor, Oracle
 from privfed.privacy.shared import RecordSum
 from privfed.privacy.units import Patients
 
@@ -78,19 +79,21 @@ def private_door(
     noise_multiplier: float,
     key: bytes,
     network: Network | None = None,
-) -> OpacusDoor:
+    oracle: Oracle | None = None,
+) -> NoisedDoor:
     """The door of noise that each site adds for itself.
 
     Args:
         key: bytes[32], secret: draws and noise come from it.
         network: instead of the run's own; fresh, the door makes it its own.
+        oracle: computes for simulated sites together; None at a real site. Patients' sums and another network's are not
+            its: their doors compute for themselves.
 
     Raises:
         ConfigError: the claim is about patients, and the records name none.
     """
     check_units(config, records.train)
     privacy = config.privacy
-    model, loss = network or (build_model(config, schema), classification_loss)
     drawn = noise.generator(key)
     settings = DoorSettings(
         sample_rate=privacy.rate,
@@ -99,6 +102,9 @@ def private_door(
         noise_multiplier=noise_multiplier,
         part_fractions=config.method.parts,
     )
+    if oracle is not None and network is None and privacy.unit is not PrivacyUnit.PATIENT:
+        return AskingDoor(oracle, records=_records(config, records), settings=settings, randomness=drawn)
+    model, loss = network or (build_model(config, schema), classification_loss)
     if privacy.unit is not PrivacyUnit.PATIENT:
         return OpacusDoor(
             model=model,
@@ -129,32 +135,43 @@ def share_door(
     noise_multiplier: float,
     key: bytes,
     network: Network | None = None,
+    oracle: Oracle | None = None,
 ) -> ShareDoor:
     """The door of noise that all sites add together; arguments as of `private_door`."""
     drawn = noise.derive_key(key, b"draw")
-    door = private_door(config, schema, records, noise_multiplier=noise_multiplier, key=drawn, network=network)
+    door = private_door(
+        config, schema, records, noise_multiplier=noise_multiplier, key=drawn, network=network, oracle=oracle
+    )
     return ShareDoor(door, shared, noise.derive_key(key, b"release"))
 
 
-def exact_door(config: Config, schema: Schema, records: Split, key: bytes) -> PlainDoor:
+def exact_door(config: Config, schema: Schema, records: Split, key: bytes, *, oracle: Oracle | None = None) -> Door:
     """The door without noise, for runs that claim nothing, or whose claim is about the whole update."""
-    return PlainDoor(
-        model=build_model(config, schema),
-        loss=classification_loss,
-        records=_records(config, records),
-        sample_rate=config.privacy.rate,
-        randomness=noise.generator(key),
-    )
+    return _plain_door(config, schema, records, config.privacy.rate, noise.generator(key), oracle)
 
 
-def local_door(config: Config, schema: Schema, records: Split) -> Door:
+def local_door(config: Config, schema: Schema, records: Split, *, oracle: Oracle | None = None) -> Door:
     """Exact and full-batch, for models that never leave this site."""
+    return _plain_door(config, schema, records, 1.0, np.random.default_rng(0), oracle)
+
+
+def _plain_door(
+    config: Config,
+    schema: Schema,
+    records: Split,
+    sample_rate: float,
+    randomness: np.random.Generator,
+    oracle: Oracle | None,
+) -> Door:
+    held = _records(config, records)
+    if oracle is not None:
+        return AskingPlainDoor(oracle, records=held, sample_rate=sample_rate, randomness=randomness)
     return PlainDoor(
         model=build_model(config, schema),
         loss=classification_loss,
-        records=_records(config, records),
-        sample_rate=1.0,
-        randomness=np.random.default_rng(0),
+        records=held,
+        sample_rate=sample_rate,
+        randomness=randomness,
     )
 
 

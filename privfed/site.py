@@ -23,6 +23,7 @@ from privfed.crypto.aggregation import AggregationClient, Session, VectorSource
 from privfed.crypto.errors import AggregationError
 from privfed.crypto.homomorphic.client import HomomorphicClient
 from privfed.crypto.journal import Journal
+from privfed.crypto.keys import Verify, verify
 from privfed.crypto.masking.client import MaskedClient
 from privfed.crypto.packing import IntVector
 from privfed.crypto.plain import PlainClient
@@ -34,6 +35,7 @@ from privfed.privacy.budget import Budget
 from privfed.privacy.errors import BudgetExhausted, ChargeConflict, NoGuarantee, PrivacyError
 from privfed.privacy.events import Charge, NoiseSite, PrivacyUnit, from_canonical_json, to_canonical_json
 from privfed.privacy.ledger import Entry, Ledger, utc_now
+from privfed.privacy.oracle.together import Oracle
 from privfed.privacy.releases import Standardisation
 from privfed.privacy.selftest import SelfTest, SelfTestFailed
 from privfed.privacy.shared import CountSum
@@ -134,6 +136,8 @@ class Site:
         clock: gives an aware datetime, for the dates on what it signs.
         self_test: of its noise; shared among simulated sites, which share the code.
         network: makes the model and the loss that gradients come from, instead of the run's own; for audits alone.
+        oracle: computes gradients for simulated sites together; None at a real site, which computes its own.
+        verify: of signatures; simulated sites share one that remembers, as they check the same ones.
 
     Guarantees:
         What leaves is an aggregation message, a refusal, or evaluation figures. A refused plan touches no record. The
@@ -160,6 +164,8 @@ class Site:
         clock: Callable[[], datetime] = utc_now,
         self_test: SelfTest | None = None,
         network: Callable[[], Network] | None = None,
+        oracle: Oracle | None = None,
+        verify: Verify = verify,
     ) -> None:
         self.name = identity.name
         self._identity, self._roster = identity, roster
@@ -178,7 +184,8 @@ class Site:
             )
         self._ledger, self._accountant, self._clock = ledger, accountant, clock
         self._journal, self._pool = _Replayable(journal), pool
-        self._self_test, self._network = self_test or SelfTest(), network
+        self._self_test, self._verify = self_test or SelfTest(), verify
+        self._network, self._oracle = network, oracle
         self._noise_key, self._split_key = noise_key, split_key
         self._insecure, self._policy = insecure, policy
         self._run: tuple[str, tuple[Config, float, SideNoise]] | None = None
@@ -314,7 +321,12 @@ class Site:
             return PlainClient(session=session, index=self._index, vector=vector, journal=self._journal)
         if config.aggregation.kind == "masked":
             return MaskedClient(
-                session=session, identity=self._identity, roster=self._roster, vector=vector, journal=self._journal
+                session=session,
+                identity=self._identity,
+                roster=self._roster,
+                vector=vector,
+                journal=self._journal,
+                verify=self._verify,
             )
         # From this site's own roster: who holds the key is not for the plan to say.
         key_holder = key_holder_of(config, self._roster)
@@ -415,6 +427,7 @@ class Site:
             noise_multiplier=current.plan.noise_multiplier,
             key=key,
             network=self._network() if self._network is not None else None,
+            oracle=self._oracle,
         )
 
     def _counts(self, config: Config, state: State, records: Split, encoding: CountSum) -> NDArray[np.int64]:
@@ -479,7 +492,7 @@ class Site:
         config, records = plan.config, self._records(plan.config, state)
         model = build_model(config, self._schema)
         _, private = self._states(config)
-        door = local_door(config, self._schema, records)
+        door = local_door(config, self._schema, records, oracle=self._oracle)
         # A copy: exact steps must not get into what the next update is made of, by accident either
         shared = {name: tensor.clone() for name, tensor in self.shared_state.items()}
         self._private = config.method.personalize(state, shared, private, door)

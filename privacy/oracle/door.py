@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from ..events import Charge, PoissonGaussian
-from ..noise import poisson_sample
+from ..noise import poisson_sample, release
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """``loss(output [B, ...], target [B]) -> [B]``: one number per record, moved by that record alone."""
@@ -163,3 +163,53 @@ def sample(records: Records, part: str, sample_rate: float, randomness: np.rando
     """A Poisson draw of ``part``."""
     rows = rows_of(records, part)
     return Batch(part, rows[poisson_sample(len(rows), sample_rate, randomness)])
+
+
+class NoisedDoor:
+    """Draws, noises and meters; who computes the clipped sum in between is a subclass's choice.
+
+    Args:
+        parameters: P.
+        records, settings, randomness: as of `OpacusDoor`.
+    """
+
+    def __init__(
+        self, *, parameters: int, records: Records, settings: DoorSettings, randomness: np.random.Generator
+    ) -> None:
+        self._size, self._records, self._settings, self._randomness = parameters, records, settings, randomness
+        self._meter = Meter(settings.sample_rate, settings.noise_multiplier, records.split, records.whole)
+
+    def draw(self, part: str = ALL) -> Batch:
+        return self._meter.drawn(sample(self._records, part, self._settings.sample_rate, self._randomness))
+
+    def gradient(self, theta: Tensor, batch: Batch) -> Tensor:
+        return (
+            release(
+                self._unnoised_sum(theta, batch),
+                noise_multiplier=self._settings.noise_multiplier,
+                max_grad_norm=self._settings.max_grad_norm,
+                expected_batch_size=self._settings.denominator(batch._part),
+                randomness=self._randomness,
+            )
+            .to(theta.dtype)
+            .unsqueeze(0)
+        )
+
+    @property
+    def whole(self) -> str:
+        """The ledger's name for all records behind this door."""
+        return self._records.whole
+
+    @property
+    def charges(self) -> tuple[Charge, ...]:
+        return self._meter.charges
+
+    def _unnoised_sum(self, theta: Tensor, batch: Batch) -> Tensor:
+        """float64[P]: what a release adds its noise to. For doors alone: this has left no door yet."""
+        check_theta(theta, self._size)
+        self._meter.query(batch)
+        return self._sum_at(theta, batch._rows)
+
+    def _sum_at(self, theta: Tensor, rows: Tensor) -> Tensor:
+        """float64[P]: Σ over ``rows`` of g · min(1, C/‖g‖) at ``theta`` [1, P]."""
+        raise NotImplementedError

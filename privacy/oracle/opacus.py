@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from ..errors import NoGuarantee
-from ..events import Charge
-from ..noise import release
-from .door import ALL, Batch, DoorSettings, Loss, Meter, Records, check_theta, sample
+from .door import DoorSettings, Loss, NoisedDoor, Records
 
 
-class OpacusDoor:
+class OpacusDoor(NoisedDoor):
     """Clipped, noised and metered gradients of one site's records (Abadi et al. 2016, Algorithm 1, lines 4 to 9).
 
     Args:
@@ -42,14 +40,14 @@ class OpacusDoor:
         self, *, model: nn.Module, loss: Loss, records: Records, settings: DoorSettings, randomness: np.random.Generator
     ) -> None:
         refuse_coupling_layers(model)
-        self._records, self._settings, self._randomness, self._loss = records, settings, randomness, loss
-        self._meter = Meter(settings.sample_rate, settings.noise_multiplier, records.split, records.whole)
+        self._loss = loss
         self._module = GradSampleModule(model.double(), loss_reduction="sum")
         for module in self._module.modules():
             if type(module) is nn.Linear:
                 module.forward = partial(_linear, module)  # type: ignore[method-assign]
         self._parameters = list(self._module.parameters())
-        self._size = sum(parameter.numel() for parameter in self._parameters)
+        size = sum(parameter.numel() for parameter in self._parameters)
+        super().__init__(parameters=size, records=records, settings=settings, randomness=randomness)
         self._optimizer = DPOptimizer(
             torch.optim.SGD(self._parameters, lr=0.0),
             noise_multiplier=settings.noise_multiplier,
@@ -60,37 +58,9 @@ class OpacusDoor:
         )
         self._refuse_coupled_loss()
 
-    def draw(self, part: str = ALL) -> Batch:
-        return self._meter.drawn(sample(self._records, part, self._settings.sample_rate, self._randomness))
-
-    def gradient(self, theta: Tensor, batch: Batch) -> Tensor:
-        return (
-            release(
-                self._unnoised_sum(theta, batch),
-                noise_multiplier=self._settings.noise_multiplier,
-                max_grad_norm=self._settings.max_grad_norm,
-                expected_batch_size=self._settings.denominator(batch._part),
-                randomness=self._randomness,
-            )
-            .to(theta.dtype)
-            .unsqueeze(0)
-        )
-
-    @property
-    def whole(self) -> str:
-        """The ledger's name for all records behind this door."""
-        return self._records.whole
-
-    @property
-    def charges(self) -> tuple[Charge, ...]:
-        return self._meter.charges
-
-    def _unnoised_sum(self, theta: Tensor, batch: Batch) -> Tensor:
-        """float64[P]: what a release adds its noise to. For doors alone: this has left no door yet."""
-        check_theta(theta, self._size)
+    def _sum_at(self, theta: Tensor, rows: Tensor) -> Tensor:
         vector_to_parameters(theta[0].double(), self._parameters)
-        self._meter.query(batch)
-        return self._sum_over(batch._rows)
+        return self._sum_over(rows)
 
     def _sum_over(self, rows: Tensor) -> Tensor:
         """float64[P]: the clipped sum over ``rows`` at the parameters that were set."""

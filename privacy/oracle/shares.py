@@ -7,8 +7,7 @@ from torch import Tensor
 from ..errors import NoGuarantee
 from ..events import Charge
 from ..shared import RecordSum
-from .door import ALL
-from .opacus import OpacusDoor
+from .door import ALL, NoisedDoor
 
 
 class ShareDoor:
@@ -28,7 +27,7 @@ class ShareDoor:
         answers is ``shared.event()``; `charges` names it. A single answer, seen by itself, has a share of noise only.
     """
 
-    def __init__(self, door: OpacusDoor, shared: RecordSum, key: bytes) -> None:
+    def __init__(self, door: NoisedDoor, shared: RecordSum, key: bytes) -> None:
         self._door, self._shared, self._key = door, shared, key
         self._answered = False
 

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from privfed.privacy.events import PrivacyUnit
-from privfed.privacy.oracle.door import ALL
-from privfed.privacy.oracle.opacus import OpacusDoor
+from privfed.privacy.oracle.door import ALL, NoisedDoor
 
 from ..config import Config
 from ..data.records import SiteData
@@ -70,7 +69,7 @@ def records_of(config: Config, gradients: NDArray[np.float64], units: NDArray[np
     return Split(everyone, everyone.rows(np.zeros(len(units), dtype=bool)), rows)
 
 
-def door_of(config: Config, schema: Schema, records: Split, *, noise_multiplier: float, key: bytes) -> OpacusDoor:
+def door_of(config: Config, schema: Schema, records: Split, *, noise_multiplier: float, key: bytes) -> NoisedDoor:
     """The run's own door, over records that carry gradients."""
     dim = records.train.inputs.shape[1]
     return private_door(config, schema, records, noise_multiplier=noise_multiplier, key=key, network=carrier(dim))

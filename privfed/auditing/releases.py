@@ -11,8 +11,7 @@ from privfed.privacy import noise
 from privfed.privacy.audit import mechanism
 from privfed.privacy.audit.curves import curve_of
 from privfed.privacy.audit.result import Audit
-from privfed.privacy.oracle.door import ALL, group
-from privfed.privacy.oracle.opacus import OpacusDoor
+from privfed.privacy.oracle.door import ALL, NoisedDoor, group
 from privfed.privacy.oracle.shares import ShareDoor
 from privfed.privacy.shared import ClientSum, RecordSum
 
@@ -91,9 +90,9 @@ class _Door:
 
     def __init__(self, target: Target, records: Split) -> None:
         self._target, self._records = target, records
-        self._door: OpacusDoor | None = None
+        self._door: NoisedDoor | None = None
 
-    def of(self, trial: bytes) -> OpacusDoor:
+    def of(self, trial: bytes) -> NoisedDoor:
         if self._door is None:
             self._door = door_of(
                 self._target.config,

@@ -2,11 +2,12 @@
 
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from privfed.crypto.journal import Journal, SQLiteJournal
+from privfed.crypto.journal import Journal, JournalFile, SQLiteJournal
+from privfed.crypto.keys import MemoisedVerify
 from privfed.crypto.roster import FIRST_PREVIOUS, Identity, Roster
 from privfed.privacy import noise
 from privfed.privacy.accountant import Accountant
@@ -25,7 +26,9 @@ from ..site import Site
 from ..terms import KEY_HOLDER, Schema, needs_key_holder
 from ..witness import Witness
 from ..workers import workers
+from .durable import DurableEngine
 from .faults import FaultyEngine
+from .together import CohortEngine, meeting
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,13 @@ def open_consortium(
     roster = Roster(version=1, previous=FIRST_PREVIOUS, members=public)
     seed = config.privacy.insecure_seed
     processes = config.simulation.threads if needs_key_holder(config) else 1
-    self_test = SelfTest()
-    with Ledger(ledger) as book, workers(processes) as pool:
+    self_test, verify = SelfTest(), MemoisedVerify()
+    with ExitStack() as stack:
+        book, pool = stack.enter_context(Ledger(ledger)), stack.enter_context(workers(processes))
+        answered = _journal_file(journal)
+        together = meeting(config, data, schema) if network is None else None  # it knows the run's own alone
+        if together is not None:
+            stack.enter_context(together)
         sites = {
             name: Site(
                 identity=identities[name],
@@ -89,7 +97,7 @@ def open_consortium(
                 data=records,
                 schema=schema,
                 ledger=book,
-                journal=_journal(journal, name),
+                journal=SQLiteJournal(answered, name),
                 fingerprint_key=keyring.site_key(key, name, "fingerprint"),
                 noise_key=keyring.site_key(key, name, "noise")
                 if seed is None
@@ -101,6 +109,8 @@ def open_consortium(
                 pool=pool,
                 self_test=self_test,
                 network=network,
+                oracle=together,
+                verify=verify,
             )
             for name, records in data.sites.items()
         }
@@ -110,15 +120,19 @@ def open_consortium(
             key_holder = KeyHolder(
                 identity=identities[name],
                 roster=roster,
-                journal=_journal(journal, f"{name}, as key holder"),
+                journal=SQLiteJournal(answered, f"{name}, as key holder"),
                 policy=config.policy,
             )
             handlers[name] = SiteWithKey(sites[name], key_holder) if name in sites else key_holder
-        engine = FaultyEngine(LocalEngine(handlers), config.simulation, seed=config.seed)
+        carrier = LocalEngine(handlers) if together is None else CohortEngine(handlers, together)
+        # The ledger is first on disk: what was answered is never ahead of what was spent
+        durable = DurableEngine(carrier, answered.together, book.together)
+        engine = FaultyEngine(durable, config.simulation, seed=config.seed)
         # No site has an empty name: the coordinator's memory is its own.
         members_of_ledger = {name: identities[name].member.ledger_key for name in sites}
         witness = Witness(book, keyring.site_key(key, COORDINATOR, "ledger"), members_of_ledger)
-        yield Consortium(sites, roster, engine, witness, noise.derive_key(key, b"coordinator"), _journal(journal, ""))
+        server_key = noise.derive_key(key, b"coordinator")
+        yield Consortium(sites, roster, engine, witness, server_key, SQLiteJournal(answered, ""))
 
 
 def members(config: Config, data: Sites) -> list[str]:
@@ -142,8 +156,8 @@ def members(config: Config, data: Sites) -> list[str]:
     return names if named is not None else [*names, KEY_HOLDER]
 
 
-def _journal(path: Path, site: str) -> SQLiteJournal:
+def _journal_file(path: Path) -> JournalFile:
     try:
-        return SQLiteJournal(path, site)
+        return JournalFile(path)
     except sqlite3.DatabaseError as error:
         raise RunFolderError(f"{path} is damaged ({error}): restore it from your copy") from None

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from privfed.crypto.errors import LocalProtocolError, ReplayRefused
-from privfed.crypto.journal import Journal, MemoryJournal, SQLiteJournal
+from privfed.crypto.journal import Journal, JournalFile, MemoryJournal, SQLiteJournal
 
 from .consortium import Wire, make_inputs, make_session, masked_client, masked_round
 
@@ -140,3 +140,22 @@ def test_a_restarted_client_with_another_vector_sends_nothing(tmp_path: Path) ->
         again.receive(message)
     with pytest.raises(ReplayRefused):
         again.receive(messages[2])
+
+
+def test_journals_of_one_file_are_written_together_or_not_at_all(tmp_path: Path) -> None:
+    file = JournalFile(tmp_path / "journal.db")
+    one, two = SQLiteJournal(file, "one"), SQLiteJournal(file, "two")
+    with file.together():
+        seed = one.begin(A, "run", 1, 0)
+        two.begin(B, "run", 1, 0)
+        with pytest.raises(LocalProtocolError):
+            two.answer(C, "step", A, A)  # one owner's trouble is not the other's
+        two.answer(B, "step", A, A)
+    with pytest.raises(KeyboardInterrupt), file.together():
+        one.answer(A, "step", B, B)
+        raise KeyboardInterrupt
+    again = SQLiteJournal(tmp_path / "journal.db", "one")
+    assert again.begin(A, "run", 1, 0) == seed
+    again.answer(A, "step", C, C)  # the other answer never left
+    with pytest.raises(ReplayRefused):
+        two.answer(B, "step", C, C)

@@ -17,7 +17,6 @@ from privfed.privacy import noise
 from privfed.privacy.errors import NoGuarantee
 from privfed.privacy.events import Charge, PoissonGaussian
 from privfed.privacy.oracle import door as door_module
-from privfed.privacy.oracle import opacus as opacus_module
 from privfed.privacy.oracle.door import ALL, Batch, DoorSettings, Loss, Meter, Records
 from privfed.privacy.oracle.opacus import OpacusDoor
 from privfed.privacy.oracle.plain import PlainDoor
@@ -214,7 +213,7 @@ def test_what_is_booked_is_what_was_drawn_and_released(monkeypatch: pytest.Monke
         return noise.release(total, **settings)
 
     monkeypatch.setattr(door_module, "poisson_sample", spy_sample)
-    monkeypatch.setattr(opacus_module, "release", spy_release)
+    monkeypatch.setattr(door_module, "release", spy_release)
     private = door(sample_rate=0.25, noise_multiplier=3.0, max_grad_norm=0.5)
     assert (drawn, noised) == ([], [])  # the probe of the loss touches no record and releases nothing
     for part in (ALL, "support", ALL):

@@ -458,3 +458,66 @@ def test_units_that_do_not_compose_are_refused(path: Path, first: str) -> None:
         # A release without noise is without bound for any unit: it may stand beside the others
         ledger.charge(entry(3, unit=PrivacyUnit.NONE, charges=(Charge(Gaussian(0.0)),)))
         assert Accountant().epsilon(ledger.charges("a", "d0"), 1e-5).value == float("inf")
+
+
+# Many sites of one process, written together
+
+
+def test_entries_written_together_are_on_disk_when_the_block_ends(path: Path) -> None:
+    with Ledger(path) as ledger, Ledger(path) as reader:
+        with ledger.together():
+            for site in "abc":
+                ledger.charge(entry(0, site=site))
+            assert ledger.charges("a", "d0") == (STEP,)  # its own next check counts them
+            assert reader.sites() == ()
+        assert reader.sites() == ("a", "b", "c")
+        reader.verify()
+
+
+def test_one_refusal_in_a_block_takes_nothing_else_with_it(path: Path) -> None:
+    def refuse(prior: object, new: object) -> None:
+        raise PrivacyError("no")
+
+    with Ledger(path) as ledger:
+        with ledger.together():
+            ledger.charge(entry(0, site="a"))
+            with pytest.raises(PrivacyError, match="no"):
+                ledger.charge(entry(0, site="b"), refuse)
+            with pytest.raises(ChargeConflict):
+                ledger.charge(entry(0, site="a", insecure_seed=True))
+            ledger.charge(entry(0, site="c"))
+        ledger.verify()
+        assert [line.entry.site for line in ledger.entries()] == ["a", "c"]
+
+
+def test_a_block_that_fails_leaves_nothing_in_the_file_nor_in_mind(path: Path) -> None:
+    with Ledger(path) as ledger:
+        ledger.charge(entry(0))
+        with pytest.raises(KeyboardInterrupt), ledger.together():
+            ledger.charge(entry(1))
+            raise KeyboardInterrupt
+        assert len(ledger.entries()) == 1
+        ledger.charge(entry(1, charges=(Charge(PoissonGaussian(0.1, 9.0), count=1),)))  # no conflict: it never was
+        ledger.verify()
+        assert len(ledger.charges("a", "d0")) == 2
+
+
+def test_a_budget_is_kept_within_a_block(path: Path) -> None:
+    def at_most_one(prior: tuple[Charge, ...], new: tuple[Charge, ...]) -> None:
+        if prior:
+            raise PrivacyError("no")
+
+    with Ledger(path) as ledger, ledger.together():
+        ledger.charge(entry(0), at_most_one)
+        with pytest.raises(PrivacyError, match="no"):
+            ledger.charge(entry(1), at_most_one)
+
+
+def test_entries_that_another_process_removes_are_missed_at_the_next_look(filled: Path) -> None:
+    with Ledger(filled) as ledger:
+        assert len(ledger.entries()) == 8
+        with sqlite3.connect(filled, isolation_level=None) as other:
+            other.execute("DROP TRIGGER entries_no_delete")
+            other.execute("DELETE FROM entries WHERE id = 8")
+        with pytest.raises(LedgerCorrupt, match="1 of 8 entries are missing"):
+            ledger.entries()
