@@ -17,6 +17,7 @@ from randomgen import ChaCha
 from torch import Tensor
 
 KEY_BYTES = 32
+_IN_CACHE = 2**15  # numbers that are drawn, scaled and added before the next: they stay near the processor
 
 
 def new_key() -> bytes:
@@ -87,13 +88,19 @@ def release_each(
     max_grad_norm: float,
     expected_batch_size: float,
     randomness: Sequence[np.random.Generator],
+    dtype: torch.dtype,
 ) -> Tensor:
-    """float64[K, P]: `release` of row k of ``clipped_sums`` with generator k: the same bits, for many sites at once."""
-    noise = np.empty(tuple(clipped_sums.shape))
-    for row, source in zip(noise, randomness, strict=True):
-        source.standard_normal(out=row)
-    noise *= noise_multiplier * max_grad_norm
-    return torch.from_numpy(noise).add_(clipped_sums).div_(expected_batch_size)
+    """``dtype`` [K, P]: `release` of row k of ``clipped_sums`` with generator k, bit for bit, before it is rounded."""
+    answers = torch.empty_like(clipped_sums, dtype=dtype)
+    at_once = max(1, _IN_CACHE // max(1, clipped_sums.shape[1]))
+    for low in range(0, len(clipped_sums), at_once):
+        sources, sums = randomness[low : low + at_once], clipped_sums[low : low + at_once]
+        noise = np.empty(tuple(sums.shape))
+        for row, source in zip(noise, sources, strict=True):
+            source.standard_normal(out=row)
+        noise *= noise_multiplier * max_grad_norm
+        answers[low : low + at_once] = torch.from_numpy(noise).add_(sums).div_(expected_batch_size)
+    return answers
 
 
 def correlation(streams: Sequence[np.ndarray]) -> float:

@@ -5,6 +5,7 @@ by default, as `OpacusDoor`'s is, so that a study's figures do not depend on whi
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from ..noise import release_each
 from .door import ALL, Batch, DoorSettings, Meter, Records, rows_of
 from .stacked import StackedNetwork
 
-MEMORY_BYTES = 128 * 2**20
+MEMORY_BYTES = 32 * 2**20
+"""About the last cache of a processor. Of more at once memory becomes the limit, of less the calls."""
 _FEW = 25  # sites that are not worth a pass of their own
 
 
@@ -27,6 +29,30 @@ class Draws(Batch):
     def __init__(self, part: str, rows: Tensor, counts: Tensor) -> None:
         super().__init__(part, rows)
         self._counts = counts
+
+
+@dataclass(frozen=True, repr=False)
+class _Part:
+    """A part's row numbers, int64[Σ n], site after site, and where each site's end; a number for each, and by site."""
+
+    rows: np.ndarray
+    ends: np.ndarray
+    uniform: np.ndarray
+    uniform_of: Sequence[np.ndarray]
+
+    @classmethod
+    def of(cls, rows: Sequence[np.ndarray]) -> "_Part":
+        ends = np.cumsum([len(own) for own in rows])
+        uniform = np.empty(ends[-1])
+        return cls(np.concatenate(rows), ends, uniform, np.split(uniform, ends[:-1]))
+
+    def sample(self, rate: float, randomness: Sequence[np.random.Generator]) -> tuple[Tensor, Tensor]:
+        """`noise.poisson_sample` of each site: rows drawn, site after site, and how many are each site's."""
+        for numbers, source in zip(self.uniform_of, randomness, strict=True):
+            source.random(out=numbers)
+        drawn = self.uniform < rate
+        before = np.concatenate([[0], np.cumsum(drawn)])[self.ends]
+        return torch.from_numpy(self.rows[drawn]), torch.from_numpy(np.diff(before, prepend=0))
 
 
 class CohortDoor:
@@ -65,7 +91,9 @@ class CohortDoor:
         self._targets = torch.cat([records.targets for records in sites]).to(network.device)
         before = np.cumsum([0, *(len(records) for records in sites)])
         self._parts = {
-            part: [rows_of(records, part).numpy() + start for records, start in zip(sites, before, strict=False)]
+            part: _Part.of(
+                [rows_of(records, part).numpy() + start for records, start in zip(sites, before, strict=False)]
+            )
             for part in sites[0].parts
         }
 
@@ -73,12 +101,7 @@ class CohortDoor:
         """A Poisson draw of ``part`` at every site."""
         if part not in self._parts:
             raise ValueError(f"part must be one of {sorted(self._parts)}, got {part!r}")
-        held, rate = self._parts[part], self._settings.sample_rate
-        drawn = [
-            rows[randomness.random(len(rows)) < rate] for rows, randomness in zip(held, self._randomness, strict=True)
-        ]
-        counts = torch.tensor([len(rows) for rows in drawn])
-        draws = Draws(part, torch.from_numpy(np.concatenate(drawn)), counts)
+        draws = Draws(part, *self._parts[part].sample(self._settings.sample_rate, self._randomness))
         self._meter.drawn(draws)
         return draws
 
@@ -109,7 +132,8 @@ class CohortDoor:
                 randomness=self._randomness[members]
                 if isinstance(members, slice)
                 else [self._randomness[site] for site in members.tolist()],
-            ).to(theta.dtype)
+                dtype=theta.dtype,
+            ).to(theta.device)
         return answers
 
     @property
@@ -138,18 +162,20 @@ def clipped_sums(
         counts: int64[K], how many of them are each site's.
         max_grad_norm: C; None for the plain mean instead of a clipped sum.
     """
+    if len(rows) == 0:
+        yield slice(0, len(counts)), theta.new_zeros(theta.shape, dtype=network.dtype, device=network.device)
+        return
     first = torch.cumsum(counts, 0) - counts
     for members, width, at_once in _blocks(counts, network, memory_bytes):
         point = theta[members].to(network.device, network.dtype)
         total: Tensor | None = None
         for low in range(0, width, at_once):
-            high = min(width, low + at_once)
-            mask = torch.arange(low, high) < counts[members].unsqueeze(1)
-            which = rows[(first[members].unsqueeze(1) + torch.arange(low, high))[mask]].to(network.device)
-            filled = mask.flatten().to(network.device)
-            x = _padded(inputs, which, filled, network.dtype)
-            y = _padded(targets, which, filled, None)
-            x, y, mask = x.view(*mask.shape, *x.shape[1:]), y.view(*mask.shape, *y.shape[1:]), mask.to(network.device)
+            places = torch.arange(low, min(width, low + at_once))
+            mask = places < counts[members].unsqueeze(1)
+            taken = rows[(first[members].unsqueeze(1) + places).clamp_max(len(rows) - 1).flatten()].to(network.device)
+            padding = (~mask).flatten().nonzero().squeeze(1).to(network.device)
+            x, y = (_rows(values, taken, padding).view(*mask.shape, *values.shape[1:]) for values in (inputs, targets))
+            x, mask = x.to(network.dtype) if x.is_floating_point() else x, mask.to(network.device)
             if max_grad_norm is not None:
                 sums = network.clipped_sums(point, x, y, mask, max_grad_norm=max_grad_norm)
             else:
@@ -160,34 +186,30 @@ def clipped_sums(
         yield members, total
 
 
-def _padded(values: Tensor, rows: Tensor, filled: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """``values`` at ``rows`` where ``filled``, zeros elsewhere; floats as ``dtype``."""
-    chosen = values.index_select(0, rows)
-    if dtype is not None and chosen.is_floating_point():
-        chosen = chosen.to(dtype)
-    if len(rows) == len(filled):
-        return chosen
-    padded = chosen.new_zeros(len(filled), *chosen.shape[1:])
-    padded[filled] = chosen
-    return padded
+def _rows(values: Tensor, taken: Tensor, padding: Tensor) -> Tensor:
+    """``values`` at the rows ``taken``, and zeros at the places ``padding`` of these."""
+    return values.index_select(0, taken).index_fill_(0, padding, 0)
 
 
 def _blocks(counts: Tensor, network: StackedNetwork, memory_bytes: int) -> Iterator[tuple[Tensor | slice, int, int]]:
     """Which sites are worked on together: members, the most records of one, and how many of these at once.
 
-    Padding costs what records cost, so sites of very different size do not share a block.
+    Padding costs what records cost: where there are several blocks, sites of like size share one.
     """
     sizes = counts.tolist()
-    largest, per_site = max(sizes), 4 * network.parameters * network.dtype.itemsize
-    ragged = largest * len(sizes) > 2 * sum(sizes)
-    order = sorted(range(len(sizes)), key=lambda site: -sizes[site]) if ragged else list(range(len(sizes)))
+    largest, per_record = max(1, *sizes), network.bytes_per_record
+    per_site = 4 * network.parameters * network.dtype.itemsize
+    alike = largest * len(sizes) <= 2 * sum(sizes)
+    if alike and len(sizes) * (largest * per_record + per_site) <= memory_bytes:
+        yield slice(0, len(sizes)), largest, largest
+        return
+    order = sorted(range(len(sizes)), key=lambda site: -sizes[site])
     begin = 0
     while begin < len(order):
-        width = max(1, sizes[order[begin]] if ragged else largest)
-        at_once = max(1, min(width, memory_bytes // network.bytes_per_record))
-        end = begin + max(1, memory_bytes // (at_once * network.bytes_per_record + per_site))
-        if ragged:
-            small = (at for at in range(begin + _FEW, len(order)) if sizes[order[at]] < 0.6 * width)
-            end = min(end, next(small, end))
-        yield torch.tensor(order[begin:end]) if ragged else slice(begin, end), width, at_once
+        width = max(1, sizes[order[begin]])
+        at_once = max(1, min(width, memory_bytes // per_record))
+        end = begin + max(1, memory_bytes // (at_once * per_record + per_site))
+        small = (at for at in range(begin + _FEW, len(order)) if sizes[order[at]] < 0.6 * width)
+        end = min(end, next(small, end))
+        yield torch.tensor(order[begin:end]), width, at_once
         begin = end
