@@ -130,6 +130,7 @@ def ours(study: Study, variant: str, device: str = "cpu") -> Callable[[], Tensor
     dtype, make = OURS[variant]
     example = study.sites[0]
     together = StackedNetwork(study.model, losses, example.inputs, example.targets, dtype=dtype, device=device)
+    assert together.closed_form  # else it is not what the figures are about
     sources, start = study.sources(make), study.start.unsqueeze(0)
 
     def round_() -> Tensor:

@@ -112,26 +112,27 @@ class _Products(Leaf):
         u, g = self._positions(g)
         positions, inner, outer = u.shape[2], u.shape[3], g.shape[3]
         if positions == 1:
-            squares = u.square().sum((2, 3))
-            return (squares + 1 if self.has_bias else squares) * g.square().sum((2, 3))
-        if positions * (inner + outer) < inner * outer:
-            # ‖Σ_t g_t ⊗ u_t‖² = Σ_{t,s} (u_t · u_s)(g_t · g_s)
+            squares = _square_norm(u)
+            return ((squares + 1 if self.has_bias else squares) * _square_norm(g)).squeeze(2)
+        if inner * outer > 2 * positions * (inner + outer):
+            # The products would take more room than what they are of: ‖Σ_t g_t ⊗ u_t‖² = Σ_{t,s} (u_t · u_s)(g_t · g_s)
             squares = ((u @ u.mT) * (g @ g.mT)).sum((2, 3)).clamp_min(0.0)
-        else:
+        else:  # and their weighted sum is then nearly free
             self.pass_.products = (g.mT @ u).flatten(2)
-            squares = self.pass_.products.square().sum(2)
-        return squares + g.sum(2).square().sum(2) if self.has_bias else squares
+            squares = _square_norm(self.pass_.products)
+        return squares + _square_norm(g.sum(2)) if self.has_bias else squares
 
     def weighted_sums(self, g: Tensor, factors: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         u, g = self._positions(g)
-        weighted = (g * factors[:, :, None, None]).flatten(1, 2)
         if self.pass_.products is not None:
             sums = torch.bmm(factors.unsqueeze(1), self.pass_.products)
+            shift = torch.bmm(factors.repeat_interleave(g.shape[2], 1).unsqueeze(1), g.flatten(1, 2)).squeeze(1)
         else:
-            sums = torch.bmm(weighted.mT, u.flatten(1, 2))
+            weighted = (g * factors[:, :, None, None]).flatten(1, 2)
+            sums, shift = torch.bmm(weighted.mT, u.flatten(1, 2)), weighted.sum(1)
         weight.copy_(self.as_weight(sums.view(self.pass_.sites, g.shape[3], u.shape[3])))
         if bias is not None:
-            torch.sum(weighted, 1, out=bias)
+            bias.copy_(shift)
 
     def as_weight(self, products: Tensor) -> Tensor:
         """[K, *shape of the weight] from [K, O, D]."""
@@ -169,21 +170,25 @@ class StackedConv2d(_Products):
         n, c, height, width = inputs.shape
         (kh, kw), (sh, sw), (ph, pw), (dh, dw) = self.kernel, self.stride, self.padding, self.dilation
         out_h, out_w = (height + 2 * ph - dh * (kh - 1) - 1) // sh + 1, (width + 2 * pw - dw * (kw - 1) - 1) // sw + 1
-        padded = functional.pad(inputs.detach().permute(0, 2, 3, 1), (0, 0, pw, pw, ph, ph)).contiguous()
-        per_record, per_row, per_column, per_channel = padded.stride()
-        windows = padded.as_strided(
-            (n, out_h, out_w, kh, kw, c),
-            (per_record, sh * per_row, sw * per_column, dh * per_row, dw * per_column, per_channel),
-        ).reshape(self.pass_.sites, -1, kh * kw * c)
-        weight = self.pass_.weight.view(self.pass_.sites, -1, c, kh, kw).permute(0, 1, 3, 4, 2).flatten(2)
+        # First the columns of all windows, then windows as runs of columns: long copies, and few of them
+        image = functional.pad(inputs.detach().permute(0, 2, 3, 1), (0, 0, pw, pw, ph, ph)).contiguous()
+        a_record, a_row, a_column, _ = image.stride()
+        columns = image.as_strided(
+            (n, out_h, width + 2 * pw, kh, c), (a_record, sh * a_row, a_column, dh * a_row, 1)
+        ).contiguous()
+        a_record, a_row, a_column, _, _ = columns.stride()
+        windows = columns.as_strided(
+            (n, out_h, out_w, kw, kh * c), (a_record, a_row, sw * a_column, dw * a_column, 1)
+        ).reshape(self.pass_.sites, -1, kw * kh * c)
+        weight = self.pass_.weight.view(self.pass_.sites, -1, c, kh, kw).permute(0, 1, 4, 3, 2).flatten(2)
         geometry = (self.kernel, self.stride, self.padding, self.dilation, (out_h, out_w))
         left: Tensor = _Windows.apply(inputs, windows, weight, self.pass_.bias, geometry)  # type: ignore[no-untyped-call]
         self.pass_.note(windows, left)
         return left.view(n, out_h, out_w, -1).permute(0, 3, 1, 2)
 
     def as_weight(self, products: Tensor) -> Tensor:
-        channels_last = products.view(*products.shape[:2], *self.kernel, self.channels)
-        return channels_last.permute(0, 1, 4, 2, 3)
+        columns_of_rows = products.view(*products.shape[:2], *reversed(self.kernel), self.channels)
+        return columns_of_rows.permute(0, 1, 4, 3, 2)
 
 
 class StackedConv1d(StackedConv2d):
@@ -325,13 +330,21 @@ class _Windows(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         (kh, kw), (sh, sw), (ph, pw), (dh, dw), (out_h, out_w) = ctx.geometry
         n, c, height, width = ctx.shape
-        windows = torch.bmm(grads[0], weight).view(n, out_h, out_w, kh, kw, c)
-        image = windows.new_zeros(n, height + 2 * ph, width + 2 * pw, c)
+        columns_of = torch.bmm(grads[0], weight).view(n, out_h, out_w, kw, kh * c)
+        columns = columns_of.new_zeros(n, out_h, width + 2 * pw, kh * c)
+        for j in range(kw):
+            columns[:, :, j * dw : j * dw + sw * (out_w - 1) + 1 : sw] += columns_of[:, :, :, j]
+        rows_of = columns.view(n, out_h, width + 2 * pw, kh, c)
+        image = columns.new_zeros(n, height + 2 * ph, width + 2 * pw, c)
         for i in range(kh):
-            for j in range(kw):
-                rows = slice(i * dh, i * dh + sh * (out_h - 1) + 1, sh)
-                image[:, rows, j * dw : j * dw + sw * (out_w - 1) + 1 : sw] += windows[:, :, :, i, j]
+            image[:, i * dh : i * dh + sh * (out_h - 1) + 1 : sh] += rows_of[:, :, :, i]
         return image[:, ph : ph + height, pw : pw + width].permute(0, 3, 1, 2), None, None, None, None
+
+
+def _square_norm(vectors: Tensor) -> Tensor:
+    """‖v‖² along the last dimension."""
+    norms: Tensor = torch.linalg.vector_norm(vectors, dim=-1)
+    return norms.square_()
 
 
 def _affine(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:

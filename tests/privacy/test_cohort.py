@@ -54,6 +54,21 @@ LEAVES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         ),
         (2, 7, 8),
     ),
+    "Conv2d of one channel": (
+        lambda: nn.Sequential(nn.Conv2d(1, 3, (3, 4), stride=2, padding=(2, 1)), nn.Tanh(), nn.Flatten()),
+        (1, 1, 4),
+    ),
+    "Conv2d between channels": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 5, 1),
+            nn.Tanh(),
+            nn.Conv2d(5, 1, (1, 3), padding=(0, 1)),
+            nn.Tanh(),
+            nn.Conv2d(1, 3, (2, 3)),
+            nn.Flatten(),
+        ),
+        (2, 2, 3),
+    ),
     "Conv1d": (
         lambda: nn.Sequential(
             nn.Conv1d(2, 3, 3, padding=2, dilation=2), nn.Tanh(), nn.Conv1d(3, CLASSES, 2, stride=2), nn.Flatten()
