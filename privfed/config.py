@@ -14,7 +14,7 @@ from privfed.privacy.units import PatientSampling
 
 from .data.sources import BreastCancer
 from .data.tables import Table
-from .methods import FedAvg, FedSGD, Fomaml, Local, Reptile
+from .methods import Method, Reptile
 
 
 class Section(msgspec.Struct, frozen=True):
@@ -246,7 +246,6 @@ class Policy(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 Data = BreastCancer | Table
-Method = FedAvg | Reptile | Fomaml | FedSGD | Local
 
 
 class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):

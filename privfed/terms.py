@@ -77,11 +77,25 @@ def first_states(config: Config, schema: Schema) -> tuple[State, State]:
 
 
 def sent(config: Config, features: int, parameters: int) -> Tensor:
-    """bool[method.blocks · P]: what of an update leaves the site."""
+    """bool[method.blocks · P]: what of an update leaves the site.
+
+    Raises:
+        ConfigError: the model has none of a part that stays, or nothing else.
+    """
     parts = model_layout(config, features, parameters)
     leaves = torch.ones(parameters, dtype=torch.bool)
     for part in config.method.stays:
         leaves &= ~parts[part]
+        if not parts[part].any():
+            raise ConfigError(
+                f"method {type(config.method).__name__} keeps the model's {part} at the sites, and this model has "
+                "none: set model.hidden and model.norm = 'group'"
+            )
+    if not leaves.any():
+        raise ConfigError(
+            f"method {type(config.method).__name__} keeps the model's last layer at the sites, and this model has no "
+            "other: set model.hidden"
+        )
     return leaves.repeat(config.method.blocks)
 
 

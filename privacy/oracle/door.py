@@ -8,11 +8,12 @@ composition and post-processing (Dwork and Roth 2014, Theorem 3.16 and Propositi
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
 
+from ..errors import NoGuarantee
 from ..events import Charge, PoissonGaussian
 from ..noise import poisson_sample, release
 
@@ -72,6 +73,29 @@ class Door(Protocol):
     def charges(self) -> tuple[Charge, ...]:
         """What the door has executed so far, as the ledger books it."""
         ...
+
+
+@runtime_checkable
+class ExactDoor(Door, Protocol):
+    """A door without noise: what it answers may leave only inside a vector that is clipped and noised whole."""
+
+    def curvature(self, theta: Tensor, batch: Batch, vector: Tensor) -> Tensor:
+        """float32[K, P]: H · vector, with H the Hessian of the mean loss on ``batch`` at ``theta`` [K, P]."""
+        ...
+
+
+def curvature(door: Door, theta: Tensor, batch: Batch, vector: Tensor) -> Tensor:
+    """`ExactDoor.curvature`, where the door is exact.
+
+    Raises:
+        NoGuarantee: the door clips and noises gradients, and a record moves H · vector without bound.
+    """
+    if not isinstance(door, ExactDoor):
+        raise NoGuarantee(
+            "second-order terms exist only without a claim or at client level: clipping a record's gradient does not "
+            "bound what the record does to a Hessian. Use a first-order method, or privacy.unit = 'client' or 'none'"
+        )
+    return door.curvature(theta, batch, vector)
 
 
 @dataclass

@@ -35,10 +35,25 @@ class PlainDoor:
         check_theta(theta, self._size)
         if len(batch._rows) == 0:
             return torch.zeros_like(theta)
+        return parameters_to_vector(torch.autograd.grad(self._mean_loss(theta, batch), self._parameters)).unsqueeze(0)
+
+    def curvature(self, theta: Tensor, batch: Batch, vector: Tensor) -> Tensor:
+        """float32[1, P]: the Hessian of the draw's mean loss, times ``vector`` [1, P] (Pearlmutter 1994)."""
+        check_theta(theta, self._size)
+        if len(batch._rows) == 0:
+            return torch.zeros_like(theta)
+        mean = self._mean_loss(theta, batch)
+        gradient = parameters_to_vector(torch.autograd.grad(mean, self._parameters, create_graph=True))
+        along = (gradient * vector[0].detach()).sum()
+        if not along.requires_grad:  # a loss that is linear everywhere
+            return torch.zeros_like(theta)
+        rows = torch.autograd.grad(along, self._parameters, allow_unused=True, materialize_grads=True)
+        return parameters_to_vector(rows).unsqueeze(0)
+
+    def _mean_loss(self, theta: Tensor, batch: Batch) -> Tensor:
         vector_to_parameters(theta[0], self._parameters)
         outputs = self._model(self._records.inputs[batch._rows])
-        mean = self._loss(outputs, self._records.targets[batch._rows]).mean()
-        return parameters_to_vector(torch.autograd.grad(mean, self._parameters)).unsqueeze(0)
+        return self._loss(outputs, self._records.targets[batch._rows]).mean()
 
     @property
     def charges(self) -> tuple[Charge, ...]:

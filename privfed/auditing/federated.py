@@ -70,11 +70,6 @@ def audit_run(target: Target, *, canaries: int | None, seed: int, progress: Call
         )
     number = canaries or CANARIES
     config, schema = _simulated(target, seed), _room_for(number + _OTHERS)
-    if update_size(config, schema.features, schema_size(schema)) == 0:
-        raise ConfigError(
-            f"level 3 simulates a network of one layer, none of which leaves a site under method "
-            f"{type(config.method).__name__}: use --level 1"
-        )
     cast = _Cast(config, schema, number, seed)
     charges = _charges(target, config, schema, cast.part)
     local = config.privacy.noise is NoiseSite.LOCAL

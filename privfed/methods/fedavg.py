@@ -7,10 +7,10 @@ from torch import Tensor
 
 from privfed.privacy.oracle.door import ALL, Door
 
-from .method import Averaging, Queries, Rate, State, Steps, descend
+from .method import FineTuned, Queries, Rate, State, Steps, descend
 
 
-class FedAvg(Averaging, frozen=True, kw_only=True, tag_field="name", tag="fedavg"):
+class FedAvg(FineTuned, frozen=True, kw_only=True, tag_field="name", tag="fedavg"):
     """McMahan et al. 2017, Algorithm 1: θ_k ← w − lr Σ ∇L(θ), τ steps; w ← w + mean(θ_k − w), uniform weights.
 
     Personalisation is fine-tuning from w at evaluation only.

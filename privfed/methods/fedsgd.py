@@ -9,10 +9,10 @@ from torch import Tensor
 from privfed.privacy.events import NoiseSite, PrivacyUnit
 from privfed.privacy.oracle.door import ALL, Door
 
-from .method import Averaging, Queries, Rate, State, one_answer
+from .method import FineTuned, Queries, Rate, State, one_answer
 
 
-class FedSGD(Averaging, frozen=True, kw_only=True, tag_field="name", tag="fedsgd"):
+class FedSGD(FineTuned, frozen=True, kw_only=True, tag_field="name", tag="fedsgd"):
     """McMahan et al. 2017, Section 2 (FedSGD): m ← μ m + mean ∇L_k(w); w ← w − lr m.
 
     Momentum is at the server (Reddi et al. 2021, FedAvgM), so it is post-processing. Personalisation is fine-tuning

@@ -8,12 +8,11 @@ from torch import Tensor
 
 from privfed.privacy.oracle.door import Door
 
-from .method import Averaging, Queries, Rate, State, Steps, descend
+from .meta import HALVES, QUERY, SUPPORT
+from .method import FineTuned, Queries, Rate, State, Steps, descend
 
-SUPPORT, QUERY = "support", "query"
 
-
-class Fomaml(Averaging, frozen=True, kw_only=True, tag_field="name", tag="fomaml"):
+class Fomaml(FineTuned, frozen=True, kw_only=True, tag_field="name", tag="fomaml"):
     """Finn et al. 2017, Section 5.2; Fallah et al. 2020, Per-FedAvg (FO): θ ← w − α∇L_S(w); w ← w − β mean ∇L_Q(θ).
 
     Guarantees:
@@ -27,7 +26,7 @@ class Fomaml(Averaging, frozen=True, kw_only=True, tag_field="name", tag="fomaml
     inner_lr: Annotated[Rate, Meta(description="α, learning rate of the adaptation")] = 0.5
     outer_lr: Annotated[Rate, Meta(description="β, learning rate of the meta step")] = 6.0
 
-    parts: ClassVar[Mapping[str, float]] = {SUPPORT: 0.5, QUERY: 0.5}
+    parts: ClassVar[Mapping[str, float]] = HALVES
 
     def queries(self) -> tuple[Queries, ...]:
         return (Queries(SUPPORT, self.inner_steps), Queries(QUERY, 1))

@@ -96,10 +96,7 @@ class SingleQuery(Protocol):
 
 
 class Averaging(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What most methods share: w ← w + mean update, and a personal model that is fine-tuned from w at evaluation."""
-
-    personal_steps: Annotated[Steps, Meta(description="adaptation steps at evaluation, never leaving the site")] = 20
-    personal_lr: Annotated[Rate, Meta(description="learning rate of the adaptation")] = 0.2
+    """What most methods share: every site counts alike, w ← w + mean update, and nothing is kept between rounds."""
 
     sends: ClassVar[bool] = True
     parts: ClassVar[Mapping[str, float]] = {}
@@ -115,24 +112,30 @@ class Averaging(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     def init_site(self, theta: Tensor, layout: Layout) -> tuple[State, State]:
         return {}, {}
 
+    def serve(self, state: State, mean_update: Tensor, progress: float) -> State:
+        return {"theta": state["theta"] + mean_update}
+
+
+class FineTuned(Averaging, frozen=True, kw_only=True):
+    """And a personal model that is fine-tuned at evaluation, from w unless the method has something better."""
+
+    personal_steps: Annotated[Steps, Meta(description="adaptation steps at evaluation, never leaving the site")] = 20
+    personal_lr: Annotated[Rate, Meta(description="learning rate of the adaptation")] = 0.2
+
     def personalize(self, broadcast: State, shared: State, private: State, local_door: Door) -> State:
         start = broadcast["theta"].unsqueeze(0)
         return {"theta": descend(start, local_door, steps=self.personal_steps, lr=self.personal_lr)[0]}
 
-    def serve(self, state: State, mean_update: Tensor, progress: float) -> State:
-        return {**state, "theta": state["theta"] + mean_update}
 
-
-def descend(theta: Tensor, door: Door, *, steps: int, lr: float, part: str = ALL, only: Tensor | None = None) -> Tensor:
-    """``steps`` of gradient descent from theta [K, P], each on a fresh draw; of the parameters ``only`` bool[P]."""
-    rate = lr if only is None else lr * only
+def descend(theta: Tensor, door: Door, *, steps: int, lr: float | Tensor, part: str = ALL) -> Tensor:
+    """``steps`` of gradient descent from theta [K, P], each on a fresh draw; ``lr`` is one rate, or one a parameter."""
     for _ in range(steps):
-        theta = theta - rate * door.gradient(theta, door.draw(part))
+        theta = theta - lr * door.gradient(theta, door.draw(part))
     return theta
 
 
 def descend_near(theta: Tensor, centre: Tensor, door: Door, *, steps: int, lr: float, pull: float) -> Tensor:
-    """The same on L(θ) + pull/2 ‖θ − centre‖². The pull is no gradient of records: it is added to the door's answer."""
+    """The same on L(θ) + pull/2 ‖θ − centre‖². The pull is no gradient of records: it joins the noised answer."""
     for _ in range(steps):
         theta = theta - lr * (door.gradient(theta, door.draw()) + pull * (theta - centre))
     return theta
@@ -156,6 +159,18 @@ def post_processing(unit: PrivacyUnit, noise: NoiseSite) -> str | None:
         f"privacy.noise = {noise.value!r} with privacy.unit = {unit.value!r} covers one gradient a round, and this "
         "method goes on from it at the site: use method.name = 'fedsgd', or privacy.noise = 'local'"
     )
+
+
+def second_order(unit: PrivacyUnit, noise: NoiseSite) -> str | None:
+    """The guarantee of a method that takes Hessian-vector products: none for units inside a site."""
+    if unit in (PrivacyUnit.RECORD, PrivacyUnit.PATIENT):
+        return (
+            f"privacy.unit = {unit.value!r} with privacy.noise = {noise.value!r}: second-order terms read the support "
+            "records once more without noise, as (I − αH) v, and no clip bounds what one record does to H v. Use "
+            "method.name = 'fomaml' or 'per-fedavg', or method.first_order = true where the method has it, or "
+            "privacy.unit = 'client'"
+        )
+    return post_processing(unit, noise)
 
 
 def one_answer(unit: PrivacyUnit, noise: NoiseSite) -> str | None:

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from privfed.privacy.oracle.door import ALL, Door
 
-from .method import Averaging, Queries, Rate, State, Steps, descend
+from .method import FineTuned, Queries, Rate, State, Steps, descend
 
 
-class Reptile(Averaging, frozen=True, kw_only=True, tag_field="name", tag="reptile"):
+class Reptile(FineTuned, frozen=True, kw_only=True, tag_field="name", tag="reptile"):
     """Nichol, Achiam and Schulman 2018, Algorithm 2 (batched): θ_k ← τ steps from w; w ← w + ε · mean(θ_k − w).
 
     The outer rate ε falls linearly from ``outer_lr`` to 0 over the run, as in the paper's experiments.
