@@ -15,6 +15,7 @@ from privfed.privacy.units import PatientSampling
 from .data.sources import BreastCancer
 from .data.tables import Table
 from .methods import Method, Reptile
+from .methods.server import Plain, Server
 
 
 class Section(msgspec.Struct, frozen=True):
@@ -261,6 +262,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     data: Data = msgspec.field(default_factory=BreastCancer)
     model: Model = msgspec.field(default_factory=Model)
     method: Method = msgspec.field(default_factory=Reptile)
+    server: Server = msgspec.field(default_factory=Plain)
     privacy: Privacy = msgspec.field(default_factory=Privacy)
     aggregation: Aggregation = msgspec.field(default_factory=Aggregation)
     evaluation: Evaluation = msgspec.field(default_factory=Evaluation)

@@ -16,6 +16,7 @@ from privfed.privacy.events import NoiseSite, PrivacyUnit
 
 from .config import Config
 from .errors import ConfigError
+from .methods.server import Plain
 
 
 def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -92,6 +93,11 @@ def check_used(config: Config) -> None:
             "evaluation.release = 'private'",
         ),
         (
+            f"server.name = {type(config.server).__struct_config__.tag!r}",
+            not isinstance(config.server, Plain) and not config.method.sends,
+            "a method that sends updates",
+        ),
+        (
             "evaluation.public_sites",
             bool(evaluation.public_sites) and evaluation.release != "public-cohort",
             "evaluation.release = 'public-cohort'",
@@ -113,7 +119,7 @@ def _with_default_tags(table: dict[str, Any]) -> dict[str, Any]:
     """A section that does not say which source or method it is for means the default one."""
     defaults = Config()
     filled = dict(table)
-    for name in ("data", "method"):
+    for name in ("data", "method", "server"):
         settings = type(getattr(defaults, name)).__struct_config__
         if isinstance(table.get(name), dict):
             filled[name] = {settings.tag_field: settings.tag, **table[name]}

@@ -31,6 +31,7 @@ from .errors import ConfigError
 from .evaluation import Spread, fraction_hurt, spread
 from .figures import Released
 from .methods import State
+from .methods.server import KEEPS, optimized
 from .parameters import encode
 from .standardisation import DEVIATION, MEAN, standardisation
 from .terms import (
@@ -258,7 +259,7 @@ class Federation:
         self, plan: wire.RoundPlan, encoding: Encoding, purpose: wire.Purpose, tally: _Tally
     ) -> AggregationResult:
         """The integer sum of one attempt, over the engine."""
-        number, plan_bytes, state = plan.round, wire.encode_plan(plan), encode(self.state)
+        number, plan_bytes, state = plan.round, wire.encode_plan(plan), encode(self._broadcast)
         session = session_of(plan, wire.context(plan_bytes, state), encoding, purpose)
         server: AggregationServer
         if self.config.aggregation.kind == "plain":
@@ -309,7 +310,13 @@ class Federation:
         mean[self._sent] = torch.from_numpy(encoding.decode(total, summands=len(result.contributors))).float()
         progress = number / self.config.rounds
         beside = {name: self.state[name] for name in (MEAN, DEVIATION) if name in self.state}
-        self.state = {**self.config.method.serve(self.state, mean, progress), **beside}
+        step, kept = optimized(self.config.server, self.state, mean)
+        self.state = {**self.config.method.serve(self.state, step, progress), **beside, **kept}
+
+    @property
+    def _broadcast(self) -> State:
+        """What sites are sent of the state."""
+        return {name: tensor for name, tensor in self.state.items() if not name.startswith(KEEPS)}
 
     def _standardise(self, plan: wire.RoundPlan, tally: _Tally) -> None:
         """Have the sites' noised moments in the state, before the first model is trained on them."""
@@ -333,7 +340,7 @@ class Federation:
 
     def _evaluate(self, plan: wire.RoundPlan, active: tuple[int, ...], tally: _Tally) -> dict[str, wire.Measurement]:
         # Sites that gave up contributing still measure: they get the model like the others.
-        state, plan_bytes = encode(self.state), wire.encode_plan(plan)
+        state, plan_bytes = encode(self._broadcast), wire.encode_plan(plan)
         messages: dict[int, wire.Request] = {
             index: wire.Evaluate(plan.round, "evaluate", plan_bytes, state) for index in active
         }

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..events import Charge
 from .cohort import clipped_sums
+from .curvature import curvatures
 from .door import ALL, Batch, DoorSettings, NoisedDoor, Records, check_theta, sample
 from .stacked import StackedNetwork
 
@@ -23,12 +24,14 @@ class Query:
         records: the site's.
         rows: int64[m], which of them.
         max_grad_norm: C, for Σ g · min(1, C/‖g‖); None for the mean of g.
+        vector: [1, P], for the mean's Hessian times it instead; for exact doors alone.
     """
 
     theta: Tensor = field(repr=False)
     records: Records = field(repr=False)
     rows: Tensor = field(repr=False)
     max_grad_norm: float | None
+    vector: Tensor | None = field(default=None, repr=False)
 
 
 class Oracle(Protocol):
@@ -40,7 +43,7 @@ class Oracle(Protocol):
         ...
 
     def ask(self, query: Query) -> Tensor:
-        """float64[P], a clipped sum, or float32[P], a mean."""
+        """float64[P], a clipped sum, or float32[P], a mean or a product."""
         ...
 
 
@@ -80,6 +83,12 @@ class AskingPlainDoor:
             return torch.zeros_like(theta)
         return self._oracle.ask(Query(theta, self._records, batch._rows, None)).unsqueeze(0)
 
+    def curvature(self, theta: Tensor, batch: Batch, vector: Tensor) -> Tensor:
+        check_theta(theta, self._oracle.parameters)
+        if len(batch._rows) == 0:
+            return torch.zeros_like(theta)
+        return self._oracle.ask(Query(theta, self._records, batch._rows, None, vector)).unsqueeze(0)
+
     @property
     def charges(self) -> tuple[Charge, ...]:
         """Nothing is claimed, so nothing is booked."""
@@ -112,7 +121,7 @@ class StackedOracle:
         """The answers, in order; an exception where a query can not be answered."""
         alike: dict[Hashable, list[int]] = {}
         for number, query in enumerate(queries):
-            alike.setdefault(query.max_grad_norm, []).append(number)
+            alike.setdefault((query.max_grad_norm, query.vector is None), []).append(number)
         answers: dict[int, Answer] = {}
         for numbers in alike.values():
             together = [queries[number] for number in numbers]
@@ -123,6 +132,8 @@ class StackedOracle:
         return [answers[number] for number in range(len(queries))]
 
     def _pass(self, queries: Sequence[Query]) -> list[Tensor]:
+        if queries[0].vector is not None:
+            return self._products(queries)
         limit = queries[0].max_grad_norm
         inputs, targets = self._joined([query.records for query in queries])
         sizes = torch.tensor([len(query.records) for query in queries])
@@ -144,6 +155,13 @@ class StackedOracle:
             for number, vector in zip(which, sums.cpu(), strict=True):
                 answers[number] = vector
         return answers
+
+    def _products(self, queries: Sequence[Query]) -> list[Tensor]:
+        vectors = torch.cat([query.vector for query in queries if query.vector is not None])
+        theta = torch.cat([query.theta for query in queries])
+        inputs = [query.records.inputs[query.rows] for query in queries]
+        targets = [query.records.targets[query.rows] for query in queries]
+        return list(curvatures(self._networks[False], theta, vectors, inputs, targets))
 
     def _joined(self, sites: list[Records]) -> tuple[Tensor, Tensor]:
         """The sites' records as one table. Sites go step by step together: the last one is likely wanted again."""
