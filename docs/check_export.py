@@ -6,7 +6,8 @@ EXPORT.jsonl comes from `privfed accountant export LEDGER --out EXPORT.jsonl`. K
 
 What is checked, for each site: h0 = SHA256("privfed-ledger/1" 0 ledger 0 site), h_i = SHA256(h_{i-1} body_i); every
 signed word is about an entry that is there and is signed by its site; every root that the coordinator signed is that
-of the sites' words before it (RFC 6962 leaves and nodes, padded with zeros to a power of two).
+of the sites' words before it (RFC 6962 leaves and nodes, padded with zeros to a power of two). The coordinator's other
+entries are audits, which are printed, and the ends of runs, whose digests `sha256sum` recomputes in the run's folder.
 """
 
 import hashlib
@@ -47,6 +48,7 @@ def main(export: str, keys_file: str | None = None) -> None:
     keys = json.loads(pathlib.Path(keys_file).read_text("utf-8")) if keys_file else {}
     heads: dict[str, list[str]] = {}
     bodies: dict[str, list[dict]] = {}
+    covered: dict[str, int] = {}
     batch: list[bytes] = []
     words = roots = 0
     for line in lines:
@@ -72,16 +74,24 @@ def main(export: str, keys_file: str | None = None) -> None:
             fail(f"{where}: signature")
         if word["sequence"] >= len(heads.get(site, [""])) or heads[site][word["sequence"]] != word["head"]:
             fail(f"{where}: its entry is not there")
+        covered[site] = word["sequence"]
         if site != "coordinator":
             batch.append(line["statement"].encode())
             continue
-        if root(batch).hex() != bodies[site][word["sequence"] - 1]["dataset"]:
+        entry = bodies[site][word["sequence"] - 1]
+        if entry["kind"] in ("audit", "end") and not batch:
+            continue
+        if entry["kind"] != "witness" or root(batch).hex() != entry["dataset"]:
             fail(f"{where}: root")
         batch, roots = [], roots + 1
     print(f"verified: {sum(map(len, bodies.values()))} entries of {len(bodies)} chains")
     print(f"  {words} signed words, {roots} roots")
     for site, entries in bodies.items():
         print(f"  {site}: {epsilon(entries)}")
+        for entry in (entry for entry in entries[: covered.get(site, 0)] if entry["kind"] == "audit"):
+            found = json.loads(entry["metadata"]["audit"])
+            print(f"    audit of {entry['run']}, level {found['level']}: {found['verdict']}, ", end="")
+            print(f"ε at least {found['epsilon_lower']:.4g}, claimed {found['claimed_epsilon']}")
     if not keys_file:
         print("  signatures agree with each other; give KEYS.json to know whose they are")
 

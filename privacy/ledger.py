@@ -37,6 +37,7 @@ _BUSY_SECONDS = 30.0
 _MAX_NAME = 200
 FEDERATION = "federation"
 """The audience of what a run releases: its coordinator, its sites, and whoever gets the model."""
+_SPENDS = ("charge", "reserve", "settle")
 # What SQLite calls a file that is cut short, overwritten, or no database at all
 _DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR_SHORT_READ}
 _SCHEMA = {
@@ -68,9 +69,11 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     Args:
         kind: "charge" for a spend; "reserve" for a spend at its worst case, written before a release whose noise
             depends on who contributes, and "settle" for what it turned out to be; "run" for the promises that a run
-            starts with, "witness" for what a coordinator was told (no charges).
-        site: whose records were touched.
-        dataset: hex fingerprint of the data set under a key of the site's own.
+            starts with. A coordinator writes "witness" for what it was told, "audit" for what an attack found and
+            "end" for what a run left. These four have no charges.
+        site: whose records were touched; or the coordinator.
+        dataset: hex fingerprint of the data set under a key of the site's own; of a coordinator's entry, the digest of
+            what it is about.
         run, round, attempt: with kind and site, the name of this entry. A repeated round with fresh noise is a new
             attempt.
         unit, noise: what the run claims to protect, and where its noise is added.
@@ -80,7 +83,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         metadata: further public facts as text.
     """
 
-    kind: Literal["charge", "run", "reserve", "settle", "witness"] = "charge"
+    kind: Literal["charge", "run", "reserve", "settle", "witness", "audit", "end"] = "charge"
     site: str
     dataset: str
     run: str
@@ -106,7 +109,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value < 2**63:
                 raise ValueError(f"{name} must be an integer from 0, got {value!r}")
-        if (self.kind not in ("run", "witness")) != bool(self.charges):
+        if (self.kind in _SPENDS) != bool(self.charges):
             raise ValueError(f"a charge has charges and a run entry has none, got {self.kind!r} with {self.charges!r}")
 
 
@@ -140,6 +143,8 @@ def body_of(recorded: Recorded) -> _Body:
 
 
 Check = Callable[[tuple[Charge, ...], tuple[Charge, ...]], None]
+Sign = Callable[[Recorded], Iterable[tuple[str, bytes]]]
+"""``sign(recorded)``: site and signed word, of an entry as it will stand in its chain."""
 
 
 def utc_now() -> datetime:
@@ -271,11 +276,16 @@ class Ledger:
             raise ValueError(f'begin_run() takes an entry of kind "run", got {entry.kind!r}')
         return self._append(entry, None)
 
-    def witness(self, entry: Entry) -> Recorded:
-        """Writes what a coordinator was told. Idempotent and raising like `charge`."""
-        if entry.kind != "witness":
-            raise ValueError(f'witness() takes an entry of kind "witness", got {entry.kind!r}')
-        return self._append(entry, None)
+    def witness(self, entry: Entry, sign: "Sign | None" = None) -> Recorded:
+        """Writes what a coordinator states, of kind "witness", "audit" or "end". Idempotent and raising like `charge`.
+
+        Args:
+            sign: gives the signed words that go with the entry, written in the same transaction: an entry that a crash
+                left unsigned could not be told from one that somebody slipped in.
+        """
+        if entry.kind not in ("witness", "audit", "end"):
+            raise ValueError(f'witness() takes an entry of kind "witness", "audit" or "end", got {entry.kind!r}')
+        return self._append(entry, None, sign)
 
     def charges(self, site: str, dataset: str, audience: str = FEDERATION) -> tuple[Charge, ...]:
         """Every charge of a site's data set towards an audience, over all runs: ε never restarts.
@@ -314,17 +324,19 @@ class Ledger:
         """Keep, durably, what was signed about each site's chain. Its content is the signers' business."""
         with self._explained():
             with self._writing():
-                self._connection.executemany("INSERT INTO statements (site, body) VALUES (?, ?)", statements)
+                self._insert_statements(statements)
 
     def statements(self, site: str | None = None) -> tuple[bytes, ...]:
         """What was signed about one chain, or about all, in the order in which it came."""
         with self._explained():
             self._check_complete()
-            rows = self._connection.execute("SELECT site, body FROM statements ORDER BY id").fetchall()
-        for number, (_, body) in enumerate(rows, start=1):
+            rows = self._connection.execute(
+                "SELECT id, body FROM statements WHERE ?1 IS NULL OR site = ?1 ORDER BY id", (site,)
+            ).fetchall()
+        for number, body in rows:
             if type(body) is not bytes:  # SQLite stores what it is given, whatever the column says
                 raise LedgerCorrupt(self.path, "it is not a byte string", f"signed word {number}")
-        return tuple(bytes(body) for name, body in rows if site is None or name == site)
+        return tuple(body for _, body in rows)
 
     def verify(self) -> None:
         """Reads everything again and recomputes every hash, sequence number and canonical form.
@@ -342,7 +354,7 @@ class Ledger:
 
     # Inside
 
-    def _append(self, entry: Entry, check: Check | None) -> Recorded:
+    def _append(self, entry: Entry, check: Check | None, sign: Sign | None = None) -> Recorded:
         with self._explained():
             with self._writing():
                 chain = self._read_on(entry.site)
@@ -350,11 +362,13 @@ class Ledger:
                 if earlier is None:
                     if entry.kind == "settle":
                         _check_settlement(chain, entry)
-                    elif entry.kind != "run":
+                    elif entry.charges:
                         _check_unit(chain, entry)
                     if check is not None:
                         check(_spends(chain, entry.dataset, entry.audience), entry.charges)
-                    self._insert(chain, entry)
+                    recorded = self._insert(chain, entry)
+                    if sign is not None:
+                        self._insert_statements(sign(recorded))
                 elif to_canonical_json(earlier.entry) != to_canonical_json(entry):
                     raise ChargeConflict(
                         f"site {entry.site!r}, run {entry.run!r}, round {entry.round}, attempt {entry.attempt} is "
@@ -389,21 +403,27 @@ class Ledger:
         if self._connection.in_transaction:
             self._connection.execute("ROLLBACK")
 
-    def _insert(self, chain: "_Chain", entry: Entry) -> None:
+    def _insert_statements(self, statements: Iterable[tuple[str, bytes]]) -> None:
+        self._connection.executemany("INSERT INTO statements (site, body) VALUES (?, ?)", statements)
+
+    def _insert(self, chain: "_Chain", entry: Entry) -> Recorded:
         moment = self._clock()
         if moment.utcoffset() is None:
             raise ValueError("the clock must give an aware datetime, such as datetime.now(UTC)")
         sequence = len(chain.recorded) + 1
-        body = to_canonical_json(_Body(entry, sequence, moment.astimezone(UTC).isoformat()))
+        time = moment.astimezone(UTC).isoformat()
+        body = to_canonical_json(_Body(entry, sequence, time))
+        digest = hashlib.sha256(chain.head + body).digest()
         _decode_body(body)  # what could not be read back must not be written
         self._connection.execute(
             "INSERT INTO entries (site, sequence, kind, run, round, attempt, body, hash) VALUES (?,?,?,?,?,?,?,?)",
             (
                 *(entry.site, sequence, entry.kind, entry.run, entry.round, entry.attempt),
-                *(body, hashlib.sha256(chain.head + body).digest()),
+                *(body, digest),
             ),
         )
         self._complete = self._state()  # it was, a moment ago under this lock, and one more row changes nothing
+        return Recorded(entry=entry, sequence=sequence, time=time, hash=digest.hex())
 
     def _read_on(self, site: str) -> "_Chain":
         """The site's chain with what was added since the last look, each entry checked as it is read."""

@@ -1,5 +1,6 @@
 """``privfed.run``: one call from a configuration to a finished run, and what it gives back."""
 
+import hashlib
 import json
 import os
 import secrets
@@ -16,7 +17,7 @@ from privfed.privacy.accountant import Accountant
 from privfed.privacy.events import PrivacyUnit
 from privfed.privacy.ledger import Ledger
 
-from . import config_io, folder, keyring
+from . import config_io, folder, keyring, statements
 from .cohort import cohort_of
 from .config import Config, SideNoise
 from .data.records import Sites
@@ -353,7 +354,11 @@ def _leave(ready: Preparation, home: RunFolder, state: State, consortium: Consor
     }
     home.save_tensors(folder.PERSONAL, personal, about)
     home.write(folder.KEYS, json.dumps(consortium.witness.public_keys, indent=2, ensure_ascii=False) + "\n")
-    home.write(folder.SUMMARY, summary.to_json() + "\n")
+    text = summary.to_json() + "\n"
+    # Bound before it is there: a kill in between has the run end again, and no summary stands unbound
+    digests = statements.digests(home.path) | {folder.SUMMARY: hashlib.sha256(text.encode()).hexdigest()}
+    consortium.witness.ended(summary.run, digests)
+    home.write(folder.SUMMARY, text)
     consortium.close()
     _close_folder(home)
 

@@ -21,5 +21,9 @@ class RunFolderError(PrivfedError):
     """A run folder is not what it should be; it is named, never guessed at or overwritten."""
 
 
+class RunChanged(RunFolderError):
+    """A file of a run is not as the run, or its ledger, has left it."""
+
+
 class LedgerKeyError(RunFolderError):
     """The key beside a ledger is not the one that its entries were written under."""

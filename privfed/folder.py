@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .config import SideNoise
-from .errors import RunFolderError
+from .errors import RunChanged, RunFolderError
 from .methods import State
 
 RUN, DATASETS, CONFIG, METRICS, CHECKPOINT = (
@@ -94,7 +94,8 @@ class RunFolder:
         """The folder of a run that was started.
 
         Raises:
-            RunFolderError: it is not one, or its facts or its configuration are not as they were written.
+            RunFolderError: it is not one, or its facts can not be read.
+            RunChanged: its configuration is not as it was written.
         """
         if not path.is_dir():
             raise RunFolderError(f"there is no folder {path}")
@@ -103,7 +104,7 @@ class RunFolder:
                 raise RunFolderError(f"{path} is not a run's folder: it has no {name}")
         folder = cls(path)
         if hashlib.sha256((path / CONFIG).read_bytes()).hexdigest() != folder.facts().config_sha256:
-            raise RunFolderError(
+            raise RunChanged(
                 f"{path / CONFIG} is not the configuration that the run began with: nothing was changed; restore it, "
                 f"or start a new run from it with --ledger {folder.ledger()}"
             )

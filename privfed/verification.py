@@ -14,9 +14,10 @@ from privfed.privacy.errors import LedgerCorrupt, PrivacyError
 from privfed.privacy.events import Charge
 from privfed.privacy.ledger import FEDERATION, Ledger, Recorded
 
-from . import folder, seals
+from . import folder, seals, statements
 from .errors import RunFolderError
 from .seals import COORDINATOR, Seal, SealError
+from .statements import StatementError
 
 _AGREES = 0.01  # relative; other versions of the accountant stop at other grids
 
@@ -29,11 +30,13 @@ class Book:
         path: the file.
         keys: name → public key in hex; empty where none are known.
         keys_beside: they come from the run's own folder: whoever could rewrite the ledger could rewrite them too.
+        home: the run's folder, whose files are held against the ledger too; None where a ledger alone was given.
     """
 
     path: Path
     keys: Mapping[str, str]
     keys_beside: bool = False
+    home: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,14 @@ class Verification:
 
     Attributes:
         rounds: how many a coordinator witnessed.
+        audits: how many it states.
         notes: what a reader should know beside it.
     """
 
     ledger: str
     sites: tuple[VerifiedSite, ...]
     rounds: int
+    audits: int
     notes: tuple[str, ...]
 
 
@@ -80,14 +85,14 @@ def find_book(target: Path, keys: Path | None = None) -> Book:
     Raises:
         RunFolderError: there is no ledger, or no such keys.
     """
-    path, beside = target, target / folder.KEYS
-    if target.is_dir():
-        path = folder.RunFolder.open(target).ledger()
+    path, beside, home = target, target / folder.KEYS, target if target.is_dir() else None
+    if home is not None:
+        path = folder.RunFolder.open(home).ledger()
     if not path.is_file():
         raise RunFolderError(f"there is no ledger at {path}: give a ledger file or the folder of a run")
     if keys is not None:
-        return Book(path, _keys(keys))
-    return Book(path, _keys(beside), keys_beside=True) if beside.is_file() else Book(path, {})
+        return Book(path, _keys(keys), home=home)
+    return Book(path, _keys(beside), keys_beside=True, home=home) if beside.is_file() else Book(path, {}, home=home)
 
 
 def spent(book: Ledger, site: str, delta: float, accountant: Accountant) -> Epsilon:
@@ -128,7 +133,30 @@ def verify(
         ledger.verify()
         words, rounds = _check_statements(ledger, book, accountant, progress)
         sites = tuple(_site(ledger, name, words.get(name, []), delta, accountant) for name in ledger.sites())
-        return Verification(ledger.id, sites, rounds, tuple(_notes(book, sites)))
+        audits = len(statements.audits_in(signed_chain(ledger, sites)))
+        return Verification(ledger.id, sites, rounds, audits, tuple(_notes(book, sites)))
+
+
+def signed_chain(ledger: Ledger, sites: Sequence[VerifiedSite]) -> tuple[Recorded, ...]:
+    """The coordinator's entries that its last word covers: what stands after them, anybody may have written."""
+    signed = next((site.signed for site in sites if site.name == COORDINATOR), 0)
+    return ledger.entries(COORDINATOR)[:signed]
+
+
+def verify_files(book: Book, verified: Verification) -> tuple[str, ...]:
+    """Hold the files in the run's folder against the ledger, which `verify` has found to hold.
+
+    Returns:
+        What a reader should know beside it; nothing where a ledger alone was given.
+
+    Raises:
+        RunChanged: names the first file that is not as it was left.
+    """
+    if book.home is None:
+        return ()
+    run = folder.RunFolder.open(book.home).facts().run
+    with Ledger(book.path) as ledger:
+        return statements.check_files(book.home, run, signed_chain(ledger, verified.sites))
 
 
 def _check_statements(
@@ -159,8 +187,8 @@ def _check_statements(
             raise LedgerCorrupt(book.path, "it covers fewer entries than an earlier one", where)
         words.setdefault(word.site, []).append(word)
         if word.site == COORDINATOR:
-            _check_root(book, chain, word, batch, where)
-            batch, rounds = [], rounds + 1
+            rounds += _check_witnessed(book, chain, word, batch, where)
+            batch = []
         else:
             running = spends.setdefault((word.site, word.dataset), Spends(chain, word.dataset))
             _check_epsilon(book, word, running.upto(word.sequence), accountant, where)
@@ -168,10 +196,18 @@ def _check_statements(
     return words, rounds
 
 
-def _check_root(book: Book, chain: Sequence[Recorded], word: Seal, batch: Sequence[bytes], where: str) -> None:
+def _check_witnessed(book: Book, chain: Sequence[Recorded], word: Seal, batch: Sequence[bytes], where: str) -> int:
+    """What a coordinator signed last is what it should be; gives the number of roots: 1 or 0."""
     entry = chain[word.sequence - 1].entry if word.sequence else None
+    if entry is not None and entry.kind != "witness" and not batch:
+        try:
+            statements.check(entry)
+        except StatementError as error:
+            raise LedgerCorrupt(book.path, str(error), f"site {COORDINATOR!r}, entry {word.sequence}") from None
+        return 0
     if entry is None or not batch or entry.dataset != seals.root(batch):
         raise LedgerCorrupt(book.path, "its root is not that of the sites' words of the round", where)
+    return 1
 
 
 class Spends:

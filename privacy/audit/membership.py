@@ -1,5 +1,7 @@
 """Level 4: whose records were a model trained on? Loss thresholds and LiRA, with shadow models."""
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,13 +11,14 @@ from scipy.stats import norm, rankdata
 from .bounds import clopper_pearson_lower, clopper_pearson_upper
 from .curves import ApproximateCurve
 from .mechanism import judge
-from .result import Audit
+from .result import Audit, Group
 
 _Floats = NDArray[np.float64]
 _Flags = NDArray[np.bool_]
 
 LEAST_RECORDS = 20  # of members, and of others
 LOW_FPR = 0.01
+_ROC_POINTS = 100
 _FEW = 32  # shadow models on one side of a record; with fewer all records share one variance
 
 
@@ -25,12 +28,15 @@ class Attack:
 
     Attributes:
         auc: area under the ROC; 0.5 is chance.
+        auc_low, auc_high: its interval by Hanley and McNeil 1982, Equation 2, if records were independent.
         tpr: true-positive rate at a false-positive rate of at most 1 % on these records.
         tpr_low, tpr_high: its Clopper–Pearson interval, two-sided, if records were independent.
         fpr, roc_tpr: the ROC, float64[n] each, rising, for a plot on logarithmic axes.
     """
 
     auc: float
+    auc_low: float
+    auc_high: float
     tpr: float
     tpr_low: float
     tpr_high: float
@@ -95,14 +101,67 @@ def attack(scores: _Floats, members: _Flags, *, confidence: float = 0.95) -> Att
     allowed = fpr <= LOW_FPR + 1e-9
     best = float(tpr[allowed].max(initial=0.0))
     hits, alpha = round(best * positives), (1 - confidence) / 2
+    spread = norm.isf(alpha) * _auc_deviation(auc, positives, negatives)
     return Attack(
         auc=auc,
+        auc_low=max(0.0, auc - spread),
+        auc_high=min(1.0, auc + spread),
         tpr=best,
         tpr_low=float(clopper_pearson_lower(hits, positives, alpha)),
         tpr_high=float(clopper_pearson_upper(hits, positives, alpha)),
         fpr=fpr,
         roc_tpr=tpr,
     )
+
+
+def _auc_deviation(auc: float, positives: int, negatives: int) -> float:
+    first, second = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    variance = auc * (1 - auc) + (positives - 1) * (first - auc**2) + (negatives - 1) * (second - auc**2)
+    return math.sqrt(max(0.0, variance) / (positives * negatives))
+
+
+def roc_points(found: Attack) -> tuple[tuple[float, float], ...]:
+    """At most 100 points of the ROC, close together where false positives are few."""
+    fpr, tpr = np.r_[0.0, found.fpr], np.r_[0.0, found.roc_tpr]
+    least = fpr[fpr > 0].min(initial=1.0)
+    wanted = np.r_[0.0, np.geomspace(least, 1.0, _ROC_POINTS - 1)]
+    last = np.unique(
+        np.searchsorted(fpr, wanted * (1 + 1e-9), side="right") - 1
+    )  # the highest of a false-positive rate
+    return tuple((float(fpr[place]), float(tpr[place])) for place in last)
+
+
+def by_group(
+    scores: _Floats, members: _Flags, labels: Sequence[str], *, by: str, confidence: float = 0.95
+) -> tuple[Group, ...]:
+    """The attack on each group of at least 20 members and 20 others, with a threshold of its own.
+
+    Args:
+        labels: n of them, the group of each record.
+        by: what the records are grouped by.
+    """
+    groups = []
+    for name in sorted(set(labels)):
+        own = np.array([label == name for label in labels])
+        inside, outside = int((own & members).sum()), int((own & ~members).sum())
+        if min(inside, outside) < LEAST_RECORDS:
+            continue
+        found = attack(scores[own], members[own], confidence=confidence)
+        groups.append(
+            Group(
+                by=by,
+                name=name,
+                members=inside,
+                others=outside,
+                auc=found.auc,
+                auc_low=found.auc_low,
+                auc_high=found.auc_high,
+                tpr=found.tpr,
+                tpr_low=found.tpr_low,
+                tpr_high=found.tpr_high,
+            )
+        )
+    return tuple(groups)
 
 
 def audit(
@@ -116,6 +175,7 @@ def audit(
     independent: bool = False,
     confidence: float = 0.95,
     note: str = "",
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> Audit:
     """Membership inference as an audit of the model's owner's claim, or of a model that claims nothing.
 
@@ -127,6 +187,8 @@ def audit(
         claimed_epsilon: of the model; None where none is claimed: the audit then only tells how much it reveals.
         independent: every score is of a model of its own. Scores of one model's records hang together, and the
             interval is then an approximation: no claim is called violated on its ground.
+        groups: what records are grouped by → the group of each: the same attack on each group, in `Audit.groups`, and
+            the largest difference of areas in `figures`.
 
     Guarantees:
         Without `independent` or a claim the verdict is "inconclusive". With both, a claim that is kept is called a
@@ -147,6 +209,14 @@ def audit(
         note=note,
         seed=seed,
     )
+    parts = {
+        by: by_group(scores, members, labels, by=by, confidence=confidence) for by, labels in (groups or {}).items()
+    }
+    gaps = {
+        f"auc_gap_{by}": max(group.auc for group in part) - min(group.auc for group in part)
+        for by, part in parts.items()
+        if len(part) > 1
+    }
     figures = {
         **judged.figures,
         "auc": found.auc,
@@ -155,6 +225,7 @@ def audit(
         "tpr_high": found.tpr_high,
         "members": float(members.sum()),
         "others": float((~members).sum()),
+        **gaps,
     }
     return Audit(
         level=4,
@@ -169,4 +240,6 @@ def audit(
         seeds=(seed,),
         power=judged.power,
         figures=figures,
+        roc=roc_points(found),
+        groups=tuple(group for part in parts.values() for group in part),
     )

@@ -53,7 +53,7 @@ def assemble(evidence: Evidence, accountant: Accountant) -> AuditReport:
     findings = verdicts.judge(evidence, accounts, spent, second, accountant)
     budget = verdicts.budget_of(evidence)
     runs = compose.run_lines(evidence)
-    audits = tuple(audit for run in evidence.runs for audit in run.audits or ())
+    audits = evidence.audits
     broken = {finding.verdict for finding in findings} & {"UNSOUND-CLAIM", "AUDIT-VIOLATION"}
     return AuditReport(
         privfed=__version__,

@@ -3,28 +3,28 @@
 Reading checks what can be checked and notes what can not be read. What it means is for verdicts.py.
 """
 
-import json
 import tomllib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
-from privfed import folder, verification
-from privfed.errors import ConfigError, RunFolderError
+from privfed import folder, statements, verification
+from privfed.errors import ConfigError, RunChanged, RunFolderError
 from privfed.privacy.accountant import Accountant
+from privfed.privacy.audit.result import Audit, digest
 from privfed.privacy.errors import LedgerCorrupt, NoGuarantee
 from privfed.privacy.ledger import Ledger, Recorded
 from privfed.report import history
 from privfed.report.history import History
 from privfed.seals import COORDINATOR
+from privfed.statements import StatedAudit
 from privfed.verification import Book
 
-from .model import AuditResult
+from .model import AuditResult, Group
 
-AUDIT = "audit.json"
 Released = Literal["metrics", "personal-models"]
 
 
@@ -63,6 +63,7 @@ class BookEvidence:
         chains: what could be read of the sites' chains and the coordinator's, hashes checked.
         verified: what `verification.verify` found; None where it refused.
         failure, bad_entry: why it refused, and the first entry or signed word that does not hold.
+        audits: what attacks found, as its coordinator signed it; nothing of a ledger that does not verify.
     """
 
     path: Path
@@ -72,6 +73,7 @@ class BookEvidence:
     verified: verification.Verification | None
     failure: str = ""
     bad_entry: str = ""
+    audits: tuple[StatedAudit, ...] = ()
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -83,8 +85,9 @@ class RunEvidence:
     """One run's folder.
 
     Attributes:
-        audits: what `privfed audit` left; None where it was not run.
-        audit_failure: why its results can not be read.
+        changed: the first file that is not as the ledger has it, and how; empty where all are.
+        missing: what the folder lacks and may lack.
+        details: digest → whole audit, with the figures that the ledger does not hold.
         readable_by_others: personal models or figures in the folder that other users of the machine can read.
     """
 
@@ -92,8 +95,9 @@ class RunEvidence:
     facts: folder.RunFacts
     history: History
     ledger: Path
-    audits: tuple[AuditResult, ...] | None
-    audit_failure: str = ""
+    changed: str = ""
+    missing: tuple[str, ...] = ()
+    details: Mapping[str, Audit] = field(default_factory=dict)
     readable_by_others: tuple[str, ...] = ()
 
     @property
@@ -120,11 +124,27 @@ class Evidence:
         """The folder of the run that an entry names, if it was given."""
         return next((run for run in self.runs if run.run == base_run(name)), None)
 
+    @property
+    def audits(self) -> tuple[AuditResult, ...]:
+        """What attacks found, run by run as the ledgers have it, with the figures where the run's folder has them."""
+        return tuple(self._whole(book, stated) for book in self.books for stated in book.audits)
+
+    def _whole(self, book: BookEvidence, stated: StatedAudit) -> AuditResult:
+        run = self.run_of(stated.run)
+        found = run.details.get(stated.digest) if run is not None else None
+        audit = found or msgspec.structs.replace(stated.headline, note="its figures are not in a folder given here")
+        fields = msgspec.structs.asdict(audit) | {"groups": tuple(_group(group) for group in audit.groups)}
+        return AuditResult(ledger=book.name, run=stated.run, sha256=stated.digest, **fields)
+
     def spends(self) -> Iterable[tuple[BookEvidence, Recorded]]:
         """Every entry with charges."""
         for book in self.books:
             for site in book.sites:
                 yield from ((book, line) for line in book.chains[site] if line.entry.charges)
+
+
+def _group(group: object) -> Group:
+    return Group(**msgspec.structs.asdict(group))  # type: ignore[arg-type]  # the same fields
 
 
 def base_run(name: str) -> str:
@@ -151,24 +171,31 @@ def gather(
 
     Raises:
         RunFolderError, ConfigError: a target is no ledger and no run that has ended, with the reason.
+        RunChanged, LedgerCorrupt: a run's files can not be read, because they were changed.
     """
     statement = statement or Statement()
-    runs = tuple(_run(target) for target in targets if target.is_dir())
+    runs = tuple(_run(target, accountant) for target in targets if target.is_dir())
     if delta is None:
         deltas = [run.history.summary.privacy.delta for run in runs if run.private]
         delta = max(deltas, default=1e-5)
-    books: dict[Path, Book] = {}
+    found: dict[Path, Book] = {}
     for target in targets:
         book = verification.find_book(target, keys)
-        known = books.get(book.path.resolve())
+        known = found.get(book.path.resolve())
         if known is None or (book.keys and not known.keys):
-            books[book.path.resolve()] = book
+            found[book.path.resolve()] = book
+    books = {path: _book(book, delta, accountant) for path, book in found.items()}
+    compared = None
+    if baseline is not None:
+        own = verification.find_book(baseline)
+        beside = books.get(own.path.resolve()) or _book(own, delta, accountant)
+        compared = _held(_run(baseline, accountant), beside)
     return Evidence(
-        books=tuple(_book(book, delta, accountant) for book in books.values()),
-        runs=runs,
+        books=tuple(books.values()),
+        runs=tuple(_held(run, books[run.ledger.resolve()]) for run in runs),
         delta=delta,
         statement=statement,
-        baseline=_run(baseline) if baseline is not None else None,
+        baseline=compared,
     )
 
 
@@ -199,7 +226,7 @@ def _book(book: Book, delta: float, accountant: Accountant) -> BookEvidence:
         failure, bad = error.reason, error.entry or "the file as a whole"
     except NoGuarantee as error:
         failure, bad = str(error), "the spends of one data set"
-    name, chains = str(book.path), dict[str, tuple[Recorded, ...]]()
+    name, chains, audits = str(book.path), dict[str, tuple[Recorded, ...]](), tuple[StatedAudit, ...]()
     try:
         with Ledger(book.path) as ledger:
             name = ledger.id
@@ -208,44 +235,42 @@ def _book(book: Book, delta: float, accountant: Accountant) -> BookEvidence:
                     chains[site] = ledger.entries(site)
                 except LedgerCorrupt:
                     continue  # named above already: verify stops at the first
+            if verified is not None:
+                audits = statements.audits_in(verification.signed_chain(ledger, verified.sites))
     except LedgerCorrupt as error:
         failure, bad = failure or error.reason, bad or error.entry or "the file as a whole"
-    return BookEvidence(book.path, name, keys, chains, verified, failure, bad)
+    return BookEvidence(book.path, name, keys, chains, verified, failure, bad, audits)
 
 
-def _run(path: Path) -> RunEvidence:
+def _run(path: Path, accountant: Accountant) -> RunEvidence:
     home = folder.RunFolder.open(path)
-    audits, failure = _audits(path / AUDIT, home.facts().run)
+    try:
+        past = history.read(path)
+    except (RunFolderError, ConfigError):
+        # It can not be read; if that is because somebody changed it, that is what has to be said
+        book = verification.find_book(path)
+        verification.verify_files(book, verification.verify(book, delta=1e-5, accountant=accountant))
+        raise
     open_files = tuple(
         name
-        for name in (folder.PERSONAL, folder.METRICS, folder.CHECKPOINT)
+        for name in (folder.PERSONAL, folder.METRICS, folder.CHECKPOINT, statements.AUDIT)
         if (path / name).exists() and (path / name).stat().st_mode & 0o077 and path.stat().st_mode & 0o077
     )
-    return RunEvidence(path, home.facts(), history.read(path), home.ledger(), audits, failure, open_files)
+    return RunEvidence(path, home.facts(), past, home.ledger(), readable_by_others=open_files)
 
 
-def _audits(path: Path, run: str) -> tuple[tuple[AuditResult, ...] | None, str]:
-    if not path.exists():
-        return None, ""
+def _held(run: RunEvidence, book: BookEvidence) -> RunEvidence:
+    """The run with its files held against its ledger; of a ledger that does not verify there is nothing to hold to."""
+    if book.verified is None:
+        return run
+    signed = next((site.signed for site in book.verified.sites if site.name == COORDINATOR), 0)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            if found.get("run", run) != run:
-                raise ValueError(f"it is about {found['run']}, not about {run}")
-            found = found["audits"]
-        if not isinstance(found, list):
-            raise ValueError("it must be a list of results")
-        return tuple(_audit(line) for line in found), ""
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, msgspec.ValidationError) as error:
-        return None, f"{path.name} can not be read: {error}"
-
-
-def _audit(line: dict[str, Any]) -> AuditResult:
-    known = {name: line.get(name) for name in AuditResult.__struct_fields__}
-    level = str(known["level"]).removeprefix("L")
-    known |= {"level": int(level), "seeds": known["seeds"] or (), "figures": known["figures"] or {}}
-    known |= {"note": known["note"] or "", "verdict": str(known["verdict"]).lower()}
-    return msgspec.convert(known, AuditResult)
+        missing = statements.check_files(run.path, run.run, book.chains.get(COORDINATOR, ())[:signed])
+    except RunChanged as error:
+        return replace(run, changed=str(error))
+    path = run.path / statements.AUDIT
+    details = statements.read_audits(path).audits if path.exists() else ()
+    return replace(run, missing=missing, details={digest(audit): audit for audit in details})
 
 
 def check_delta(delta: float | None) -> None:

@@ -1,11 +1,11 @@
-"""The five plots, from the report's own numbers, in the style of the run's page."""
+"""The six plots, from the report's own numbers, in the style of the run's page."""
 
 import math
 from collections.abc import Sequence
 
 import dp_accounting
 import numpy as np
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
@@ -159,9 +159,7 @@ def trade_off_plot(report: AuditReport) -> Plot | None:
         return None
     alpha = np.linspace(0.0, 1.0, 401)
     beta = least_misses(alpha, pairs)
-    audited = [
-        audit for audit in report.audits if audit.claimed_epsilon is not None and audit.epsilon_lower is not None
-    ]
+    audited = [audit for audit in report.audits if audit.claimed_epsilon is not None]
     with canvas("audit-trade-off", 440, 330) as drawing:
         axes = drawing.axes
         axes.plot([0, 1], [1, 0], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
@@ -172,7 +170,7 @@ def trade_off_plot(report: AuditReport) -> Plot | None:
         axes.annotate(
             "no attack gets below", (middle, middle), xytext=(10, 8), textcoords="offset points", color=EPSILON
         )
-        worst = max(audited, key=lambda audit: audit.epsilon_lower or 0.0, default=None)
+        worst = max(audited, key=lambda audit: audit.epsilon_lower, default=None)
         for audit in audited:
             x, y = audited_point(audit)
             marker, size = ("D", 7) if audit is worst else ("o", 4)
@@ -186,7 +184,7 @@ def trade_off_plot(report: AuditReport) -> Plot | None:
         if worst is not None:
             x, y = audited_point(worst)
             axes.annotate("audited", (x, y), xytext=(9, 7), textcoords="offset points", color=HURT)
-            refuted = (worst.epsilon_lower or 0.0) > (worst.claimed_epsilon or 0.0)
+            refuted = worst.epsilon_lower > (worst.claimed_epsilon or 0.0)
             desc += f" The strongest audit (level {worst.level}, {worst.name}) shows ε ≥ {worst.epsilon_lower:.3g}, "
             desc += f"{'more than' if refuted else 'not more than'} its claim of {worst.claimed_epsilon:.3g}."
         else:
@@ -196,6 +194,51 @@ def trade_off_plot(report: AuditReport) -> Plot | None:
         axes.set_xlabel("false alarms")
         axes.set_ylabel("misses")
         return drawing.finish("The trade-off of attacks under the claim", desc)
+
+
+def membership_plot(report: AuditReport) -> Plot | None:
+    """The ROC of membership inference on personal models, on logarithmic axes: what counts is the left end."""
+    attacks = [audit for audit in report.audits if len(audit.roc) > 1]
+    if not attacks:
+        return None
+    latest = {(audit.run, audit.name): audit for audit in attacks}  # of attacks that were made again, the last
+    least = min(rate for audit in latest.values() for rate, _ in audit.roc if rate > 0)
+    low = 10.0 ** math.floor(math.log10(min(least, 0.01)))
+    with canvas("audit-membership", 440, 330) as drawing:
+        axes, labels = drawing.axes, list[tuple[float, str, str]]()
+        axes.plot([low, 1], [low, 1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.annotate("guessing", (3 * low, 3 * low), xytext=(10, -10), textcoords="offset points", color=MUTED)
+        axes.axvline(0.01, color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
+        said = []
+        for number, audit in enumerate(latest.values()):
+            colour = _COLOURS[number % len(_COLOURS)]
+            points = [(rate, found) for rate, found in audit.roc if rate > 0 and found > 0]
+            line = (
+                axes.step(*zip(*points, strict=True), where="post", color=colour, linewidth=1.8)[0] if points else None
+            )
+            if line is not None:
+                drawing.name(line, f"run {audit.run}, {audit.name}")
+            short = audit.name.rpartition(", ")[2]
+            labels.append((audit.figures["auc"], short, colour))
+            area, hits = audit.figures["auc"], 100 * audit.figures["tpr_at_1_percent_fpr"]
+            said.append(f"{short}, run {audit.run}: area {area:.3f}, {hits:.1f} % of the members at 1 % false alarms")
+        for place, (_, text, colour) in enumerate(labels[:_FEW]):
+            axes.annotate(
+                text, (0.03, 0.96 - 0.08 * place), xycoords="axes fraction", va="top", color=colour,
+            )  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlim(low, 1)
+        axes.set_ylim(low, 1)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda rate, _: f"{100 * rate:g} %"))
+        axes.minorticks_off()
+        axes.set_xlabel("false alarms: others taken for members")
+        axes.set_ylabel("members found")
+        return drawing.finish(
+            "Membership inference on personal models",
+            f"Members found against false alarms, both axes logarithmic; the diagonal is guessing. {'; '.join(said)}.",
+        )
 
 
 def noise_plot(report: AuditReport) -> Plot | None:
@@ -253,7 +296,7 @@ def audited_point(audit: AuditResult) -> tuple[float, float]:
     measured = [audit.figures.get(name) for name in ("fpr_upper", "fnr_upper")]
     if measured[0] is not None and measured[1] is not None:
         return measured[0], measured[1]
-    lower = min(audit.epsilon_lower or 0.0, _MOST_EPSILON)
+    lower = min(audit.epsilon_lower, _MOST_EPSILON)
     if lower <= 0:
         return 0.5, 0.5
     mu = 1 / dp_accounting.get_sigma_gaussian(lower, audit.delta or 1e-5)

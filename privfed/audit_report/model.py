@@ -19,6 +19,9 @@ ORDER: tuple[Verdict, ...] = (
     "CLAIM-SUPPORTED",
 )
 """The gravest first: the report's verdict is the first that any rule gives."""
+LEDGER_VERIFIES, FILES_AS_LEFT = "ledger verifies", "files are as the run left them"
+INTACT = (LEDGER_VERIFIES, FILES_AS_LEFT)
+"""The rules about what was changed since, rather than about what was done."""
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -186,21 +189,42 @@ class Execution(Part, frozen=True, kw_only=True):
     self_test: str
 
 
-class AuditResult(Part, frozen=True, kw_only=True):
-    """One attack that `privfed audit` made: it shows, at `confidence`, that ε is at least `epsilon_lower`."""
+class Group(Part, frozen=True, kw_only=True):
+    """Membership inference on some of the records, with a threshold of their own; rates as of the whole attack."""
 
+    by: str
+    name: str
+    members: int
+    others: int
+    auc: float
+    auc_low: float
+    auc_high: float
+    tpr: float
+    tpr_low: float
+    tpr_high: float
+
+
+class AuditResult(Part, frozen=True, kw_only=True):
+    """One attack that `privfed audit` made: it shows, at `confidence`, that ε is at least `epsilon_lower`. It stands in
+    the ledger, signed; `sha256` is of the whole result, whose note and figures are in the run's audit.json."""
+
+    ledger: str
+    run: str
+    sha256: str
     level: int
     name: str
     claimed_epsilon: float | None
     delta: float | None
-    epsilon_lower: float | None
-    confidence: float | None
-    trials: int | None
+    epsilon_lower: float
+    confidence: float
+    trials: int
     verdict: str
     note: str
     seeds: tuple[int, ...]
     power: float | None
     figures: dict[str, float]
+    roc: tuple[tuple[float, float], ...]
+    groups: tuple[Group, ...]
 
 
 class Lineage(Part, frozen=True, kw_only=True):
@@ -315,3 +339,8 @@ class AuditReport(Part, frozen=True, kw_only=True):
     hazards: tuple[str, ...]
     non_claims: tuple[str, ...]
     curves: Curves
+
+    @property
+    def intact(self) -> bool:
+        """Whether every ledger verifies and every file is as its run left it."""
+        return not any(finding.rule in INTACT and finding.verdict == "UNSOUND-CLAIM" for finding in self.findings)

@@ -58,6 +58,8 @@ def _content(report: AuditReport) -> Mapping[str, Any]:
         "several_ledgers": len(report.verification) > 1,
         "plots": _plots(report),
         "not_stated": words.NOT_STATED,
+        "inferred": [audit for audit in report.audits if audit.level == 4],
+        "several_runs": len({audit.run for audit in report.audits}) > 1,
         "sites_total": len({line.site for line in report.sites}),
     }
 
@@ -69,6 +71,7 @@ def _plots(report: AuditReport) -> dict[str, Plot | None]:
         "delta": figures.delta_plot(report),
         "trade_off": figures.trade_off_plot(report),
         "noise": figures.noise_plot(report),
+        "membership": figures.membership_plot(report),
     }
 
 

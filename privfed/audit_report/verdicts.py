@@ -18,7 +18,7 @@ from privfed.verification import Spends
 
 from .compose import Account, deployment_in, totals
 from .evidence import BookEvidence, Evidence, RunEvidence, Statement, base_run
-from .model import ORDER, AuditResult, Finding, Opinion, Verdict
+from .model import FILES_AS_LEFT, LEDGER_VERIFIES, ORDER, AuditResult, Finding, Opinion, Verdict
 
 _SHOWN = 5  # pieces of evidence that are named one by one
 _AGREES = 0.01  # relative; as in verification.py
@@ -64,6 +64,7 @@ def judge(
         ledger_verifies(evidence.books),
         signatures_are_held_against_known_keys(evidence.books),
         every_entry_is_signed(evidence.books),
+        files_are_as_left(evidence),
         something_is_claimed(lines),
         seed_is_secret(lines, evidence.runs),
         every_release_has_noise(lines),
@@ -79,7 +80,7 @@ def judge(
         personal_models_stay(evidence.runs, evidence.statement),
         budget_is_kept(budget, at_budget),
         accountants_agree(worst, second),
-        audits_agree(evidence.runs, worst, evidence.delta),
+        audits_agree(evidence.audits, _claiming(evidence, lines), worst, evidence.delta),
     ]
     found = [finding for finding in asked if finding is not None]
     return tuple(sorted(found, key=lambda finding: ORDER.index(finding.verdict)))
@@ -106,14 +107,14 @@ def ledger_verifies(books: Sequence[BookEvidence]) -> Finding:
     bad = [book for book in books if book.verified is None]
     if bad:
         return _finding(
-            "ledger verifies",
+            LEDGER_VERIFIES,
             UNSOUND,
             "A ledger does not verify: it is not what was written, so nothing in it supports a claim.",
             [f"{book.path}: {book.bad_entry}: {book.failure}" for book in bad],
             "Find out who changed the file, and restore it from a copy whose last hash was kept elsewhere.",
         )
     return _finding(
-        "ledger verifies",
+        LEDGER_VERIFIES,
         SUPPORTED,
         "Every hash, signature and root was recomputed and holds, and so does every ε that a site signed.",
         [f"{book.path}: {sum(map(len, book.chains.values()))} entries" for book in books],
@@ -158,6 +159,27 @@ def every_entry_is_signed(books: Sequence[BookEvidence]) -> Finding | None:
     if not all(book.verified for book in books):
         return None
     return _finding("every entry is signed", SUPPORTED, "Signed words cover every entry of every chain.")
+
+
+def files_are_as_left(evidence: Evidence) -> Finding | None:
+    runs = [*evidence.runs, *([evidence.baseline] if evidence.baseline is not None else [])]
+    changed = [run.changed for run in runs if run.changed]
+    if changed:
+        return _finding(
+            FILES_AS_LEFT,
+            UNSOUND,
+            "A file of a run was changed, or is of another run: what it says supports nothing.",
+            changed,
+            "Restore the folder from a copy, and find out who changed it.",
+        )
+    if not runs or not all(book.verified for book in evidence.books):
+        return None
+    return _finding(
+        FILES_AS_LEFT,
+        SUPPORTED,
+        "The runs' configurations, rounds, summaries and audits are those that the coordinator signed at their end.",
+        [f"run {run.run}: {note}" for run in runs for note in run.missing],
+    )
 
 
 # Is the claim sound?
@@ -532,35 +554,47 @@ def accountants_agree(epsilon: float, second: Sequence[Opinion]) -> Finding:
     return _finding("accountants agree", SUPPORTED, "A second accountant finds no larger ε.", shown)
 
 
-def audits_agree(runs: Sequence[RunEvidence], epsilon: float, delta: float) -> Finding:
-    """What attacks found. An attack that finds nothing shows little; one that finds more than the claim ends it."""
-    audits = [(run, audit) for run in runs for audit in run.audits or ()]
-    broken = [_shown(audit) for _, audit in audits if _violates(audit, epsilon, delta)]
+def _claiming(evidence: Evidence, lines: Sequence[Recorded]) -> set[str]:
+    """The runs that claim something: by their entries, and by their folders."""
+    booked = {base_run(line.entry.run) for line in lines if line.entry.unit is not PrivacyUnit.NONE}
+    return booked | {run.run for run in evidence.runs if run.private}
+
+
+def audits_agree(audits: Sequence[AuditResult], runs: Iterable[str], epsilon: float, delta: float) -> Finding:
+    """What attacks found. An attack that finds nothing shows little; one that finds more than the claim ends it.
+
+    Every attack counts, however often it was made again afterwards.
+
+    Args:
+        runs: those that claim something.
+    """
+    broken = [_shown(audit) for audit in audits if _violates(audit, epsilon, delta)]
     if broken:
         return _finding(
             "attacks stay below the claim",
             VIOLATED,
-            "An attack learned more than the claim allows. The claim is false, or the mechanism is not as booked.",
+            f"{len(broken)} of {len(audits)} attacks learned more than the claim allows. The claim is false, or the "
+            "mechanism is not as booked.",
             broken,
             "Stop releasing. Find the fault with privfed audit, level by level.",
         )
-    unread = [f"run {run.run}: {run.audit_failure}" for run in runs if run.audit_failure]
-    missing = [f"run {run.run}: no audit" for run in runs if run.private and run.audits is None]
-    if unread or missing or not runs:
+    by_run = {run: [audit for audit in audits if audit.run == run and audit.level != 4] for run in sorted(runs)}
+    missing = [f"run {run}: no audit" for run, own in by_run.items() if not own]
+    if missing or not by_run:
         return _finding(
             "attacks stay below the claim",
             UNDECIDED,
             "Nobody attacked the mechanism. Hashes and signatures do not show that noise was added.",
-            [*unread, *missing] or ["no run's folder was given"],
+            missing or ["no run that claims anything was given"],
             "Run privfed audit RUN, then make this report again.",
         )
-    clean = [_shown(audit) for _, audit in audits if audit.verdict == "supported"]
-    if not all(any(audit.verdict == "supported" for audit in run.audits or ()) for run in runs if run.private):
+    clean = [_shown(audit) for audit in audits if audit.verdict == "supported"]
+    if not all(any(audit.verdict == "supported" for audit in own) for own in by_run.values()):
         return _finding(
             "attacks stay below the claim",
             UNDECIDED,
             "The attacks found nothing, but they were too weak to tell: below ε ≈ 2 no attack can pass a mechanism.",
-            [_shown(audit) for _, audit in audits],
+            [_shown(audit) for audit in audits],
         )
     return _finding(
         "attacks stay below the claim",
@@ -573,7 +607,7 @@ def audits_agree(runs: Sequence[RunEvidence], epsilon: float, delta: float) -> F
 def _violates(audit: AuditResult, epsilon: float, delta: float) -> bool:
     if audit.verdict == "violation":
         return True
-    if audit.epsilon_lower is None or audit.claimed_epsilon is None:
+    if audit.claimed_epsilon is None:
         return False
     # (ε, δ) implies (ε, δ') for any δ' ≥ δ: what refutes the latter refutes the former
     refutes_ours = audit.delta is not None and audit.delta >= delta and audit.epsilon_lower > epsilon
@@ -582,9 +616,8 @@ def _violates(audit: AuditResult, epsilon: float, delta: float) -> bool:
 
 def _shown(audit: AuditResult) -> str:
     claimed = "no claim" if audit.claimed_epsilon is None else f"claimed ε = {audit.claimed_epsilon:.4g}"
-    lower = "–" if audit.epsilon_lower is None else f"{audit.epsilon_lower:.4g}"
-    sure = "" if audit.confidence is None else f" at {100 * audit.confidence:g} % confidence"
-    return f"level {audit.level}, {audit.name}: ε ≥ {lower}{sure}, {claimed}: {audit.verdict}"
+    sure = f"at {100 * audit.confidence:g} % confidence"
+    return f"level {audit.level}, {audit.name}: ε ≥ {audit.epsilon_lower:.4g} {sure}, {claimed}: {audit.verdict}"
 
 
 def _finding(rule: str, verdict: Verdict, reason: str, evidence: Sequence[str] = (), remedy: str = "") -> Finding:

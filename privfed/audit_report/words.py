@@ -254,7 +254,7 @@ def hazards(evidence: Evidence) -> tuple[str, ...]:
     points = list(HAZARDS)
     for run in evidence.runs:
         points += [point for point in run_words.not_protected(run.history) if point not in points]
-    if any(audit.level == 4 for run in evidence.runs for audit in run.audits or ()):
+    if any(audit.level == 4 for audit in evidence.audits):
         points.append("Personal models were attacked (level 4): see the audits. They are not covered by ε.")
     if evidence.baseline is not None:
         points.append(

@@ -9,8 +9,14 @@ import msgspec
 
 from privfed.privacy.audit.result import Audit
 from privfed.privacy.events import PrivacyUnit
+from privfed.privacy.ledger import Ledger
 
+from .. import keyring
 from ..errors import ConfigError, RunFolderError
+from ..seals import COORDINATOR
+from ..statements import AUDIT, FORMAT, AuditFile
+from ..statements import read_audits as read
+from ..witness import Witness
 from .federated import audit_run
 from .noises import audit_noise
 from .personal import audit_personal
@@ -18,29 +24,6 @@ from .releases import audit_releases
 from .target import Progress, Target
 
 LEVELS = (1, 2, 3, 4)
-AUDIT = "audit.json"
-FORMAT = "privfed audit/1"
-
-
-class AuditFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """audit.json: what the audits of a run, or of a configuration, found.
-
-    Args:
-        format: of this file.
-        run: the run's id, or the configuration's name.
-        created: when the latest of them ended, UTC.
-        audits: one for each level, and two for level 4.
-    """
-
-    format: str
-    run: str
-    created: str
-    audits: tuple[Audit, ...]
-
-    @property
-    def violated(self) -> bool:
-        """Whether some audit found its claim broken."""
-        return any(audit.verdict == "violation" for audit in self.audits)
 
 
 def audit(
@@ -48,6 +31,7 @@ def audit(
     *,
     levels: Sequence[int] | None = None,
     trials: int | None = None,
+    by: Sequence[str] = (),
     seed: int = 0,
     progress: Progress = lambda level, done, total: None,
 ) -> AuditFile:
@@ -57,6 +41,7 @@ def audit(
         levels: of 1 to 4; default all that apply to the target.
         trials: releases of each kind (level 1), canaries (level 3), shadow models of a site (level 4); each level has
             its own default.
+        by: columns among the model's inputs, whose groups level 4 looks at besides sites and classes.
         seed: from which every random number of the audits derives. The mechanisms under attack here protect nobody.
         progress: told of every step.
 
@@ -87,7 +72,7 @@ def audit(
                 case 3:
                     found.append(audit_run(target, canaries=trials, seed=seed, progress=told))
                 case 4:
-                    found.extend(audit_personal(target, shadows=trials, seed=seed, progress=told))
+                    found.extend(audit_personal(target, shadows=trials, by=by, seed=seed, progress=told))
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise
@@ -109,8 +94,42 @@ def _applicable(target: Target) -> list[int]:
     return levels
 
 
+def require_recordable(target: Target) -> None:
+    """Return if what will be found can be written into the run's ledger: before the waiting, not after it.
+
+    Raises:
+        RunFolderError: the ledger or its key is not there.
+    """
+    if target.home is None:
+        return
+    ledger = target.home.ledger()
+    if not ledger.is_file():
+        raise RunFolderError(f"there is no ledger at {ledger}: what audits find is written into it. Restore it")
+    keyring.ledger_key(ledger)
+
+
+def record(target: Target, found: AuditFile) -> None:
+    """Have what was found in the run's ledger, signed by its coordinator; of a configuration, nothing is recorded.
+
+    Every result stands there, the bad ones too: an audit that is made again until it looks well is seen to.
+
+    Raises:
+        RunFolderError: as `require_recordable`.
+        LedgerCorrupt: the ledger is not what was written.
+    """
+    require_recordable(target)
+    if target.home is None:
+        return
+    ledger = target.home.ledger()
+    key = keyring.site_key(keyring.ledger_key(ledger), COORDINATOR, "ledger")
+    with Ledger(ledger) as book:
+        Witness(book, key, {}).audited(target.name, target.home.facts().config_sha256, found.audits)
+
+
 def write(target: Target, found: AuditFile, out: Path | None = None) -> Path | None:
     """Leave audit.json, for its owner alone, in the run's folder, where other levels' results stay, or at ``out``.
+
+    It has what the ledger has not: notes, and exact figures of records.
 
     Returns:
         Where it is; None for a configuration without ``out``.
@@ -131,17 +150,6 @@ def write(target: Target, found: AuditFile, out: Path | None = None) -> Path | N
         found = msgspec.structs.replace(found, audits=tuple(together))
     target.home.write(AUDIT, _text(found))
     return path
-
-
-def read(path: Path) -> AuditFile:
-    """An audit.json. Raises `RunFolderError` if it is not one."""
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=AuditFile)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise RunFolderError(f"{path} is damaged ({type(error).__name__}): move it away, or restore it") from None
-    if found.format != FORMAT:
-        raise RunFolderError(f"{path} has format {found.format!r}, this version reads {FORMAT!r}")
-    return found
 
 
 def _text(found: AuditFile) -> str:

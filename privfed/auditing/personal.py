@@ -1,6 +1,6 @@
 """Level 4 on a run: whose records do the personal models give away?"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -27,17 +27,26 @@ _FEWEST = 4
 
 
 def audit_personal(
-    target: Target, *, shadows: int | None, seed: int, progress: Callable[[int, int], None]
+    target: Target,
+    *,
+    shadows: int | None,
+    by: Sequence[str] = (),
+    seed: int,
+    progress: Callable[[int, int], None],
 ) -> tuple[Audit, ...]:
     """Membership inference on the personal models of a finished run, by loss and by LiRA.
 
     The members are each site's training records, the others its test records. Shadow models start from the run's own
     global model and are personalised by its method's own rule on random halves of a site's records. A personal model is
     trained without noise and stays at its site, so nothing is claimed of it: the figures say what it would give away to
-    whoever may query it.
+    whoever may query it. They are given for all records, for each site and each class, and for the groups of chosen
+    columns.
+
+    Args:
+        by: columns among the model's inputs.
 
     Raises:
-        ConfigError: not a finished run, or it has too few records.
+        ConfigError: not a finished run, it has too few records, or there is no such column.
         RunFolderError: its files are damaged or of other records.
     """
     if target.home is None or not target.finished:
@@ -45,10 +54,11 @@ def audit_personal(
     number = shadows or SHADOWS
     if number < _FEWEST:
         raise ConfigError(f"level 4 needs at least {_FEWEST} shadow models, got --trials {number}")
+    columns = {column: _column(target, column) for column in by}
     personal, _ = target.home.load_tensors(folder.PERSONAL)
     state = _global_state(target)
     key, random = public_split_key(target.config.seed), np.random.default_rng(seed)
-    losses, ratios, inside = [], [], []
+    losses, ratios, inside, pools = [], [], [], []
     names = [name for name in target.ready.data.sites if name in personal]
     for done, name in enumerate(names):
         records = doors.split(target.config, target.ready.data.sites[name], key)
@@ -61,15 +71,24 @@ def audit_personal(
         losses.append(membership.loss_scores(seen))
         ratios.append(membership.lira_scores(seen, shadow, included))
         inside.append(members)
+        pools.append(pool)
     members = np.concatenate(inside) if inside else np.zeros(0, dtype=bool)
     note = (
         f"{len(names)} personal models, {int(members.sum())} members, {int((~members).sum())} others. A personal model "
         "carries no claim, and its scores are not independent: figures, no verdict. It must not leave its site"
     )
     delta = target.config.privacy.delta
+    classes = target.ready.data.classes
+    groups = {
+        "site": [name for name, pool in zip(names, pools, strict=True) for _ in range(len(pool))],
+        "class": [classes[int(target_)] for pool in pools for target_ in pool.targets],
+        **{column: _groups(torch.cat([pool.inputs for pool in pools]), *found) for column, found in columns.items()},
+    }
     try:
         return tuple(
-            membership.audit(np.concatenate(scores), members, name=name, delta=delta, seed=seed, note=said)
+            membership.audit(
+                np.concatenate(scores), members, name=name, delta=delta, seed=seed, note=said, groups=groups
+            )
             for name, scores, said in (
                 ("personal models, loss threshold", losses, note),
                 ("personal models, LiRA", ratios, f"{number} shadow models a site; {note}"),
@@ -77,6 +96,27 @@ def audit_personal(
         )
     except ValueError as error:
         raise ConfigError(f"level 4: {error}") from None
+
+
+def _column(target: Target, name: str) -> tuple[list[int], list[str]]:
+    """Which inputs a column became, and their names: one of numbers, or one of 0 or 1 for each of its values."""
+    inputs = target.ready.data.inputs
+    if name in inputs:
+        return [inputs.index(name)], []
+    values = [number for number, given in enumerate(inputs) if given.startswith(f"{name}=")]
+    if not values:
+        known = ", ".join(dict.fromkeys(given.partition("=")[0] for given in inputs))
+        raise ConfigError(f"--by {name}: the model has no such input; it has {known}")
+    return values, [inputs[number].partition("=")[2] for number in values]
+
+
+def _groups(inputs: torch.Tensor, places: list[int], values: list[str]) -> list[str]:
+    """The group of each record of float32[n, F]: a column's value, or the half of its numbers."""
+    if values:
+        chosen = inputs[:, places]
+        return [values[int(row.argmax())] if bool(row.any()) else "no listed value" for row in chosen]
+    numbers = inputs[:, places[0]]
+    return ["upper half" if bool(number > numbers.median()) else "lower half" for number in numbers]
 
 
 def _counted(

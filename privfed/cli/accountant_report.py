@@ -42,7 +42,7 @@ def report(
         typer.Option("--released", metavar="metrics|personal-models", help="Given out beside the model; repeatable."),
     ] = None,
 ) -> None:
-    """What an auditor reads: verdicts, ε against every adversary, the event ledger. Exit code 4: a ledger is bad."""
+    """What an auditor reads: verdicts, ε against every adversary, the event ledger. Exit code 4: a file is bad."""
     from privfed.errors import ConfigError
 
     if format not in ("html", "json", "pdf"):
@@ -78,7 +78,7 @@ def report(
     for finding in made.findings:
         if finding.verdict != "CLAIM-SUPPORTED":
             typer.echo(f"  {finding.verdict}: {finding.reason}", err=True)
-    if not all(ledger.verified for ledger in made.verification):
+    if not made.intact:
         from .exits import NOT_VERIFIED
 
         raise typer.Exit(NOT_VERIFIED)

@@ -9,7 +9,7 @@ from .exits import NOT_VERIFIED
 from .output import print_json
 
 if TYPE_CHECKING:
-    from privfed.privacy.audit.result import Audit
+    from privfed.privacy.audit.result import Audit, Group
 
 _LEVELS = {1: "mechanism", 2: "noise", 3: "one run", 4: "membership"}
 
@@ -32,13 +32,17 @@ def command(
         int | None,
         typer.Option("--trials", min=1, help="Level 1: releases; 3: canaries; 4: shadow models of a site."),
     ] = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option("--by", metavar="COLUMN", help="Level 4: also by the groups of this input. Repeatable."),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**31, help="Everything random derives from it.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; progress on stderr.")] = False,
     out: Annotated[
         Path | None, typer.Option("--out", help="Write the results here [default: audit.json in the run's folder]")
     ] = None,
 ) -> None:
-    """Attack a run's privacy: lower bounds of ε beside the claim. Exit code 4 if the claim is violated."""
+    """Attack a run's privacy: lower bounds of ε beside the claim, in the run's ledger too. Exit code 4: a violation."""
     if out is not None and out.exists():  # before the waiting, not after it
         raise typer.BadParameter(f"{out} exists already: nothing was changed; give another --out")
     from rich.console import Console
@@ -56,6 +60,7 @@ def command(
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     console.print("reading the records and calibrating the noise …")
     target = auditing.target_of(source)
+    auditing.require_recordable(target)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -73,13 +78,16 @@ def command(
                     console.print(f"level {which}, {_LEVELS[which]} …")
             bar.update(tasks[which], completed=done, total=total)  # type: ignore[arg-type]
 
-        found = auditing.audit(target, levels=level, trials=trials, seed=seed, progress=shown)
+        found = auditing.audit(target, levels=level, trials=trials, by=by or (), seed=seed, progress=shown)
+    auditing.record(target, found)
     path = auditing.write(target, found, out)
     if json:
         print_json(found)
     else:
         for one in found.audits:
             typer.echo(_line(one))
+    if target.home is not None:
+        typer.echo(f"stands in the ledger, signed: {target.home.ledger()}", err=True)
     if path is not None:
         typer.echo(f"written to {path}", err=True)
     if found.violated:
@@ -105,4 +113,14 @@ def _line(audit: "Audit") -> str:
             f"  membership: AUC {figures['auc']:.3f}, TPR {figures['tpr_at_1_percent_fpr']:.3f} at 1 % FPR "
             f"({figures['tpr_low']:.3f} to {figures['tpr_high']:.3f})"
         )
+    for by in dict.fromkeys(group.by for group in audit.groups):
+        least, most = (
+            choose((group for group in audit.groups if group.by == by), key=lambda group: group.auc)
+            for choose in (min, max)
+        )
+        shown.append(f"  by {by}: AUC from {_area(least)} to {_area(most)}")
     return "\n".join([*shown, f"  {audit.note}. Seed {', '.join(map(str, audit.seeds))}"])
+
+
+def _area(group: "Group") -> str:
+    return f"{group.auc:.3f} ({group.auc_low:.3f} to {group.auc_high:.3f}; {group.name})"

@@ -8,11 +8,11 @@ FAILED, BAD_USAGE, INCOMPLETE, NOT_VERIFIED = 1, 2, 3, 4
 def exit_code(error: Exception) -> int | None:
     """The code of an error that the toolkit raises on purpose; None for a defect, which deserves its traceback."""
     from privfed.crypto.errors import AggregationError
-    from privfed.errors import ConfigError, PrivfedError, RunFolderError, RunIncomplete
+    from privfed.errors import ConfigError, PrivfedError, RunChanged, RunFolderError, RunIncomplete
     from privfed.privacy.errors import BudgetExhausted, LedgerCorrupt, NoGuarantee, PrivacyError
 
     match error:
-        case LedgerCorrupt():
+        case LedgerCorrupt() | RunChanged():
             return NOT_VERIFIED
         case BudgetExhausted() | RunIncomplete():
             return INCOMPLETE

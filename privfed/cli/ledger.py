@@ -9,6 +9,7 @@ from .output import print_json
 
 if TYPE_CHECKING:
     from privfed.privacy.ledger import Recorded
+    from privfed.statements import StatedAudit
 
 Target = Annotated[Path, typer.Argument(metavar="LEDGER|RUN", help="A ledger file, or the folder of a run.")]
 Delta = Annotated[float, typer.Option("--delta", min=0.0, max=1.0, help="δ that ε is given at.")]
@@ -25,12 +26,14 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Who has spent what, over all runs on a ledger."""
-    from privfed import verification
+    from privfed import statements, verification
     from privfed.privacy.accountant import Accountant
     from privfed.privacy.ledger import Ledger
+    from privfed.seals import COORDINATOR
 
     accountant, rows = Accountant(), list[dict[str, Any]]()
     with Ledger(verification.find_book(target).path) as ledger:
+        audits = [_audit(stated) for stated in statements.audits_in(ledger.entries(COORDINATOR))]
         for site in ledger.sites():
             chain = ledger.entries(site)
             spends = [line.entry for line in chain if line.entry.charges]
@@ -49,7 +52,7 @@ def show(
                 }
             )
         listed = [_plain(line) for line in ledger.entries()] if entries else []
-        about = {"ledger": ledger.id, "delta": delta, "sites": rows}
+        about = {"ledger": ledger.id, "delta": delta, "sites": rows, "audits": audits}
     if as_json:
         print_json({**about, "entries": listed} if entries else about)
         return
@@ -59,19 +62,23 @@ def show(
         bound = f"ε = {_bound(row['epsilon'])}" if row["accountant"] else "nothing spent"
         void = "  VOID: a known seed made the noise" if row["void"] else ""
         typer.echo(f"  {row['site']:<24} {bound:<16} {unit} unit, {noise} noise, {len(row['runs'])} runs{void}")
+    for audit in audits:
+        typer.echo(f"  audit of {audit['run']}, level {audit['level']}, {audit['name']}: {_result(audit)}")
     for line in listed:
         typer.echo(f"  {line['site']} {line['sequence']:>5}  {line['time']}  {line['kind']:<8} {line['run']}", nl=False)
         typer.echo(f" round {line['round']}  {line['charges']}")
 
 
 def verify(target: Target, delta: Delta = 1e-5, keys: Keys = None, as_json: AsJson = False) -> None:
-    """Recompute every hash, signature, root and ε. Exit code 4 names the first that does not hold."""
+    """Recompute every hash, signature, root, ε, and a run's files. Exit code 4 names the first that does not hold."""
     import dataclasses
 
     from privfed import verification
     from privfed.privacy.accountant import Accountant
 
-    found = verification.verify(verification.find_book(target, keys), delta=delta, accountant=Accountant())
+    book = verification.find_book(target, keys)
+    found = verification.verify(book, delta=delta, accountant=Accountant())
+    notes = (*found.notes, *verification.verify_files(book, found))
     rows = [
         {
             **{name: getattr(site, name) for name in ("name", "entries", "signed", "words", "insecure")},
@@ -81,16 +88,19 @@ def verify(target: Target, delta: Delta = 1e-5, keys: Keys = None, as_json: AsJs
         for site in found.sites
     ]
     if as_json:
-        print_json({**dataclasses.asdict(found), "sites": rows, "delta": delta, "verified": True})
+        print_json({**dataclasses.asdict(found), "notes": notes, "sites": rows, "delta": delta, "verified": True})
         return
     total = sum(site.entries for site in found.sites)
     typer.echo(
-        f"verified: {total} entries of {len(rows)} chains, {found.rounds} rounds witnessed; ledger {found.ledger}"
+        f"verified: {total} entries of {len(rows)} chains, {found.rounds} rounds witnessed, {found.audits} audits; "
+        f"ledger {found.ledger}"
     )
     for row in rows:
         bound = f"ε = {_bound(row['epsilon'])} at δ = {delta:g}" if row["accountant"] else "the coordinator"
         typer.echo(f"  {row['name']:<24} {row['entries']:>6} entries, signed up to {row['signed']:>6}   {bound}")
-    for note in found.notes:
+    if book.home is not None:
+        typer.echo(f"  files of {book.home}: as the ledger has them")
+    for note in notes:
         typer.echo(f"  note: {note}")
 
 
@@ -170,6 +180,22 @@ def keygen(
     except OSError as error:
         raise RunFolderError(f"can not write {out}: {error.strerror}") from None
     typer.echo(f"private key: {out} (keep it)\npublic key:  {public}")
+
+
+def _audit(stated: "StatedAudit") -> dict[str, Any]:
+    import msgspec
+
+    hidden = {"note", "figures", "roc", "groups"}  # a ledger has none of them
+    fields = {name: value for name, value in msgspec.to_builtins(stated.headline).items() if name not in hidden}
+    return {"run": stated.run, "config_sha256": stated.config, "sha256": stated.digest, **fields}
+
+
+def _result(audit: dict[str, Any]) -> str:
+    claim = "no claim" if audit["claimed_epsilon"] is None else f"claimed ε = {audit['claimed_epsilon']:.4g}"
+    if audit["level"] == 2:  # it tests the noise's law, and bounds nothing
+        return f"{audit['verdict'].upper()}, {claim}"
+    sure = f"{100 * audit['confidence']:g} % confidence"
+    return f"{audit['verdict'].upper()}, ε ≥ {audit['epsilon_lower']:.4g} with {sure}, {claim}"
 
 
 def _plain(line: "Recorded") -> dict[str, Any]:

@@ -92,3 +92,36 @@ def test_too_few_records_or_shadow_models_are_refused() -> None:
         membership.lira_scores(losses, shadow[:1], included[:1])
     with pytest.raises(ValueError, match="must be"):
         membership.lira_scores(losses, shadow[:, :5], included)
+
+
+def test_groups_have_thresholds_of_their_own_and_small_ones_are_left_out() -> None:
+    random = np.random.default_rng(3)
+    members = np.arange(2000) % 2 == 0
+    labels = ["a"] * 980 + ["b"] * 980 + ["few"] * 30 + ["others"] * 10
+    scores = random.standard_normal(2000) + np.array([members[i] * (2.0 if i < 980 else 0.0) for i in range(2000)])
+    found = membership.audit(scores, members, name="x", delta=1e-5, seed=0, groups={"site": labels})
+    assert [(group.by, group.name, group.members) for group in found.groups] == [("site", "a", 490), ("site", "b", 490)]
+    first, second = found.groups
+    # Φ(2/√2) = 0.921 and chance, with the deviations of 490 of each kind: 0.009 and 0.018
+    assert first.auc == pytest.approx(0.921, abs=0.03) and second.auc == pytest.approx(0.5, abs=0.06)
+    assert first.auc_low < 0.921 < first.auc_high and second.auc_low < 0.5 < second.auc_high
+    assert found.figures["auc_gap_site"] == pytest.approx(first.auc - second.auc)
+
+
+def test_intervals_of_areas_hold_as_often_as_they_say() -> None:
+    random = np.random.default_rng(4)
+    members = np.arange(120) % 2 == 0
+    found = [membership.attack(random.standard_normal(120) + members, members) for _ in range(400)]
+    held = np.mean([one.auc_low <= 0.7602 <= one.auc_high for one in found])  # Φ(1/√2)
+    assert held >= 0.92  # 95 %, less three deviations of 400 trials
+
+
+def test_curve_keeps_its_left_end_and_is_short() -> None:
+    random = np.random.default_rng(5)
+    members = np.arange(20_000) % 2 == 0
+    found = membership.attack(random.standard_normal(20_000) + members, members)
+    points = membership.roc_points(found)
+    assert len(points) <= 100 and points[0][0] == 0.0 and points[-1] == (1.0, 1.0)
+    assert points == tuple(sorted(points)) and sum(rate < 0.01 for rate, _ in points) > 20
+    whole = dict(zip(found.fpr.tolist(), found.roc_tpr.tolist(), strict=True))  # the last of a rate is the highest
+    assert all(whole.get(rate, 0.0) == hits or rate == 0.0 for rate, hits in points)

@@ -19,13 +19,14 @@ import pytest
 from typer.testing import CliRunner
 
 import privfed
-from privfed import audit_report, summary
+from privfed import audit_report, auditing, summary
 from privfed.audit_report import compose, figures, formats, verdicts, words
 from privfed.audit_report.evidence import Evidence, RunEvidence, Statement, gather, read_statement
 from privfed.audit_report.model import AuditReport, AuditResult, Finding, Opinion
 from privfed.cli.app import app
-from privfed.errors import ConfigError, RunFolderError
+from privfed.errors import ConfigError, RunChanged, RunFolderError
 from privfed.privacy.accountant import Accountant
+from privfed.privacy.audit.result import Audit
 from privfed.privacy.events import Charge, Event, Gaussian, NoiseSite, PoissonGaussian, PrivacyUnit, Skellam
 from privfed.privacy.ledger import Entry, Ledger, Recorded
 
@@ -41,11 +42,31 @@ CLEAN = {
     "level": 1, "name": "one release", "claimed_epsilon": 2.5, "delta": DELTA, "epsilon_lower": 0.3, "confidence": 0.95,
     "trials": 10_000, "verdict": "supported", "note": "made up", "seeds": [7], "power": 0.99, "figures": {},
 }  # fmt: skip
+MEMBERSHIP = CLEAN | {
+    "level": 4, "name": "personal models, LiRA", "claimed_epsilon": None, "epsilon_lower": 50.0, "power": None,
+    "verdict": "inconclusive", "figures": {"auc": 0.61, "tpr_at_1_percent_fpr": 0.04},
+    "roc": [[0.0, 0.0], [0.01, 0.04], [0.5, 0.7], [1.0, 1.0]],
+    "groups": [{
+        "by": "site", "name": "hospital-1", "members": 80, "others": 30, "auc": 0.7, "auc_low": 0.6, "auc_high": 0.8,
+        "tpr": 0.1, "tpr_low": 0.02, "tpr_high": 0.2,
+    }],
+}  # fmt: skip
 
 
 def make_run(path: Path, *overrides: str, ledger: Path | None = None) -> Path:
     privfed.run(privfed.load_config(overrides=[*QUICK, *overrides]), out=path, ledger=ledger)
     return path
+
+
+def attacked(folder: Path, *results: dict[str, Any]) -> Path:
+    """The folder, with the results of attacks in its ledger and beside it, as `privfed audit` leaves them."""
+    found = tuple(msgspec.convert(result, Audit) for result in results)
+    target = auditing.target_of(folder)
+    file = auditing.AuditFile(format="privfed audit/1", run=target.name, created="2026-01-01T00:00:00Z", audits=found)
+    auditing.record(target, file)
+    (folder / "audit.json").unlink(missing_ok=True)
+    auditing.write(target, file)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -62,19 +83,27 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run for which everything can be decided: no exact figure leaves a site, and attacks found nothing."""
-    path = make_run(
-        tmp_path_factory.mktemp("audit") / "good", "privacy.noise_multiplier=4", "policy.release_figures=false"
-    )
-    (path / "audit.json").write_text(json.dumps([CLEAN]))
-    return path
+def silent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of which no exact figure leaves a site. Nobody has attacked it."""
+    path = tmp_path_factory.mktemp("audit") / "silent"
+    return make_run(path, "privacy.noise_multiplier=4", "policy.release_figures=false")
+
+
+@pytest.fixture(scope="module")
+def good(silent: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run for which everything can be decided: the same, and attacks found nothing."""
+    return attacked(Path(shutil.copytree(silent, tmp_path_factory.mktemp("audit") / "good")), CLEAN)
 
 
 @pytest.fixture
 def keys(good: Path, tmp_path: Path) -> Path:
     """The public keys, as if the sites had sent them."""
     return Path(shutil.copy(good / "keys.json", tmp_path / "keys-from-the-sites.json"))
+
+
+def result(**changes: Any) -> AuditResult:
+    where = {"ledger": "00", "run": "r", "sha256": "00", "roc": [], "groups": []}
+    return msgspec.convert(CLEAN | where | changes, AuditResult)
 
 
 def build(*targets: Path, **settings: Any) -> AuditReport:
@@ -125,21 +154,18 @@ def test_claim_is_supported_where_everything_holds(good: Path, keys: Path) -> No
     assert report.verdict == "CLAIM-SUPPORTED"
 
 
-@pytest.mark.parametrize("missing", ["keys", "audit", "power", "folder", "budget", "rounds"])
-def test_what_can_not_be_decided_is_inconclusive(good: Path, keys: Path, tmp_path: Path, missing: str) -> None:
-    folder = Path(shutil.copytree(good, tmp_path / "run"))
-    target, given, statement = folder, keys, Statement()
-    if missing == "keys":
-        given = None  # type: ignore[assignment]  # those in the folder prove nothing
-    if missing == "audit":
-        (folder / "audit.json").unlink()
+@pytest.mark.parametrize("missing", ["keys", "audit", "power", "folder", "budget"])
+def test_what_can_not_be_decided_is_inconclusive(
+    good: Path, keys: Path, silent: Path, tmp_path: Path, missing: str
+) -> None:
+    folder = Path(shutil.copytree(silent if missing in ("audit", "power") else good, tmp_path / "run"))
+    target, statement = folder, Statement()
+    given = Path(shutil.copy(folder / "keys.json", tmp_path / "given.json")) if missing != "keys" else None
     if missing == "power":
-        (folder / "audit.json").write_text(json.dumps([CLEAN | {"verdict": "inconclusive"}]))
+        attacked(folder, CLEAN | {"verdict": "inconclusive"})
     if missing in ("folder", "budget"):
         target = folder / "ledger.db"
         statement = Statement(budget_epsilon=9.0) if missing == "folder" else Statement()
-    if missing == "rounds":
-        (folder / "metrics.jsonl").write_text("")
     report = build(target, keys=given, statement=statement)
     assert report.verdict == "INCONCLUSIVE", report.findings
 
@@ -179,37 +205,101 @@ def test_budget_is_held_against_every_site(good: Path, keys: Path) -> None:
         {"verdict": "violation"},
         {"epsilon_lower": 2.6},  # more than its own claim of 2.5, whatever it calls that
         {"epsilon_lower": 50.0, "claimed_epsilon": 60.0},  # more than this report's ε
-        {"verdict": "VIOLATION", "level": "L3"},
     ],
 )
 def test_attack_above_the_claim_is_a_violation(good: Path, keys: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     folder = Path(shutil.copytree(good, tmp_path / "run"))
-    (folder / "audit.json").write_text(json.dumps([CLEAN, CLEAN | change]))
-    report = build(folder, keys=keys)
-    assert report.verdict == "AUDIT-VIOLATION" and report.claim.void
-    assert report.audits[1].name in finding(report, "attacks stay below the claim").evidence[0]
+    attacked(folder, CLEAN | change)
+    attacked(folder, CLEAN | {"seeds": [8]})  # made again until it looks well: the first one stands
+    for target in (folder, folder / "ledger.db"):
+        report = build(target, keys=keys)
+        assert report.verdict == "AUDIT-VIOLATION" and report.claim.void
+        said = finding(report, "attacks stay below the claim")
+        assert said.reason.startswith("1 of 3 attacks") and report.audits[1].name in said.evidence[0]
 
 
 def test_attack_on_personal_models_is_not_held_against_the_claim(good: Path, keys: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(good, tmp_path / "run"))
-    membership = CLEAN | {"level": 4, "claimed_epsilon": None, "epsilon_lower": 50.0, "verdict": "inconclusive"}
-    (folder / "audit.json").write_text(json.dumps({"audits": [CLEAN, membership]}))
+    attacked(folder, CLEAN, MEMBERSHIP)
     report = build(folder, keys=keys)
     assert report.verdict == "CLAIM-SUPPORTED"
+    assert len(report.audits) == 2  # the first one stood there already
+    assert report.audits[1].groups[0].name == "hospital-1" and report.audits[1].roc[1] == (0.01, 0.04)
+    alone = build(folder / "ledger.db", keys=keys).audits[1]
+    assert (alone.groups, alone.roc, alone.figures) == ((), (), {})  # exact figures are not in the ledger
     assert any("Personal models were attacked" in hazard for hazard in report.hazards)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '[{"level": 1}]', '"x"', '{"run": "other", "audits": []}'])
-def test_audits_that_can_not_be_read_decide_nothing(good: Path, keys: Path, tmp_path: Path, text: str) -> None:
+def resaid(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+CHANGES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "the figures": ("summary.json", lambda path: resaid(path / "summary.json", '"seconds": ', '"seconds": 1')),
+    "the rounds": ("metrics.jsonl", lambda path: resaid(path / "metrics.jsonl", '"seconds":', '"seconds":1')),
+    "the facts": ("run.json", lambda path: resaid(path / "run.json", '"noise_multiplier": 4', '"noise_multiplier": 9')),
+    "the keys": ("keys.json", lambda path: resaid(path / "keys.json", '"', ' "')),
+    "the model": ("model.safetensors", lambda path: (path / "model.safetensors").write_bytes(b"")),
+    "an audit": (
+        "audit.json",
+        lambda path: resaid(path / "audit.json", '"epsilon_lower": 0.3', '"epsilon_lower": 0.2'),
+    ),
+    "another run's audit": ("audit.json", lambda path: resaid(path / "audit.json", '"run": "', '"run": "x')),
+    "no audit": ("audit.json", lambda path: (path / "audit.json").write_text("[]")),
+    "no rounds": ("metrics.jsonl", lambda path: (path / "metrics.jsonl").unlink()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_file_is_unsound_and_named(good: Path, keys: Path, tmp_path: Path, change: str) -> None:
     folder = Path(shutil.copytree(good, tmp_path / "run"))
-    (folder / "audit.json").write_text(text)
+    name, do = CHANGES[change]
+    do(folder)
     report = build(folder, keys=keys)
-    assert report.verdict == "INCONCLUSIVE"
-    assert "audit.json can not be read" in finding(report, "attacks stay below the claim").evidence[0]
+    found = finding(report, "files are as the run left them")
+    assert report.verdict == found.verdict == "UNSOUND-CLAIM" and not report.intact
+    assert len(found.evidence) == 1 and f"{folder / name}" in found.evidence[0]
+    assert invoke(str(folder), "--keys", str(keys), "--format", "json").exit_code == 4
+
+
+@pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl"])
+def test_file_that_can_not_be_read_any_more_is_named_as_changed(good: Path, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(good, tmp_path / "run"))
+    (folder / name).write_text("{\n")
+    with pytest.raises(RunChanged, match=rf"{name} is not as the run left it"):
+        build(folder)
+
+
+def test_models_may_be_left_out_of_what_an_auditor_gets(good: Path, keys: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(good, tmp_path / "run"))
+    for name in ("model", "personal", "checkpoint"):
+        (folder / f"{name}.safetensors").unlink()
+    report = build(folder, keys=keys)
+    assert report.verdict == "CLAIM-SUPPORTED"
+    assert len(finding(report, "files are as the run left them").evidence) == 3
+
+
+def test_summary_that_no_ledger_knows_is_unsound(good: Path, local: Path, keys: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(good, tmp_path / "run"))
+    for name in ("ledger.db", "keys.json"):
+        shutil.copy(local / name, folder / name)
+    found = finding(build(folder), "files are as the run left them")
+    assert found.verdict == "UNSOUND-CLAIM" and "audit.json" in found.evidence[0]
+    (folder / "audit.json").unlink()
+    assert "the ledger is an older copy" in finding(build(folder), "files are as the run left them").evidence[0]
+
+
+def test_baseline_that_was_changed_is_unsound(good: Path, local: Path, keys: Path, tmp_path: Path) -> None:
+    bare = Path(shutil.copytree(local, tmp_path / "bare"))
+    resaid(bare / "summary.json", '"seconds": ', '"seconds": 1')
+    report = build(good, keys=keys, baseline=bare)
+    assert finding(report, "files are as the run left them").verdict == "UNSOUND-CLAIM"
 
 
 def test_attack_at_a_smaller_delta_does_not_refute_the_report() -> None:
-    strong = msgspec.convert(CLEAN | {"claimed_epsilon": 60.0, "epsilon_lower": 50.0, "delta": 1e-7}, AuditResult)
+    strong = result(claimed_epsilon=60.0, epsilon_lower=50.0, delta=1e-7)
     assert not verdicts._violates(strong, 40.0, DELTA)  # (40, 1e-5) may go with (55, 1e-7)
     assert verdicts._violates(msgspec.structs.replace(strong, delta=1e-4), 40.0, DELTA)
 
@@ -471,7 +561,7 @@ def test_trade_off_is_that_of_the_pairs() -> None:
 
 
 def test_audited_point_is_measured_or_that_of_a_gaussian() -> None:
-    audit = msgspec.convert(CLEAN | {"epsilon_lower": 1.1}, AuditResult)
+    audit = result(epsilon_lower=1.1)
     # G_μ with μ = 2 Φ⁻¹(1 − x) at α = β = x; ε = 1.1 at δ = 1e-5 is μ ≈ 0.28, so x = Φ(−0.14) ≈ 0.44
     assert figures.audited_point(audit) == pytest.approx((0.44, 0.44), abs=0.01)
     assert figures.audited_point(msgspec.structs.replace(audit, epsilon_lower=0.0)) == (0.5, 0.5)
@@ -525,8 +615,9 @@ EVIL = '<script>alert("x")</script> & $a_b$'
 def pages(good: Path, local: Path, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """case → its page."""
     root = tmp_path_factory.mktemp("pages")
-    attacked = Path(shutil.copytree(good, root / "attacked"))
-    (attacked / "audit.json").write_text(json.dumps([CLEAN, CLEAN | {"epsilon_lower": 4.0, "name": EVIL}]))
+    group = MEMBERSHIP["groups"][0] | {"name": EVIL, "by": EVIL}
+    broken = Path(shutil.copytree(good, root / "attacked"))
+    attacked(broken, CLEAN | {"epsilon_lower": 4.0, "name": EVIL}, MEMBERSHIP | {"groups": [group], "note": EVIL})
     with Ledger(root / "evil.db") as ledger:
         for number in range(70):
             for place, audience in enumerate(("federation", "public")):
@@ -538,7 +629,7 @@ def pages(good: Path, local: Path, shared: Path, tmp_path_factory: pytest.TempPa
         "good": build(good, keys=good / "keys.json"),
         "local": build(local),
         "shared": build(shared, statement=Statement(budget_epsilon=0.05)),
-        "attacked": build(attacked, statement=about),
+        "attacked": build(broken, statement=about),
         "many": build(root / "evil.db"),
         "broken": build(root / "broken.db"),
     }
@@ -577,10 +668,10 @@ def test_page_fetches_nothing_and_runs_nothing(pages: dict[str, str], case: str)
     assert "<script" not in page
 
 
-def test_page_has_five_plots_that_say_what_they_show(pages: dict[str, str]) -> None:
-    for case, number in (("good", 4), ("local", 5), ("shared", 5), ("many", 4), ("broken", 0)):
+def test_page_has_plots_that_say_what_they_show(pages: dict[str, str]) -> None:
+    for case, number in (("good", 4), ("local", 5), ("shared", 5), ("many", 4), ("attacked", 5), ("broken", 0)):
         svgs = Outline(pages[case]).svgs
-        assert len(svgs) == number, case  # without figures there is no ε against accuracy
+        assert len(svgs) == number, case  # without figures no ε against accuracy, without attacks no ROC
         for svg in svgs:
             (title, _), (desc, _) = svg["children"][:2]
             assert (title, desc) == ("title", "desc") and svg["attributes"]["role"] == "img"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from privfed import api, auditing, config_io, contribution, folder, keyring
+from privfed.auditing import personal
 from privfed.cli import app
 from privfed.config import Aggregation, Config, Evaluation, Privacy
 from privfed.data.sources import BreastCancer
@@ -203,6 +204,26 @@ def test_personal_models_are_attacked_and_nothing_is_claimed_of_them(made: Path)
         assert one.trials == 569
 
 
+def test_subgroups_are_attacked_by_site_class_and_a_chosen_input(made: Path) -> None:
+    target = auditing.target_of(made)
+    column = target.ready.data.inputs[0]
+    found = auditing.audit(target, levels=[4], trials=8, by=[column]).audits[1]
+    by = {kind: [group for group in found.groups if group.by == kind] for kind in ("site", "class", column)}
+    assert {group.name for group in by["site"]} <= set(target.ready.data.sites) and len(by["site"]) > 1
+    assert {group.name for group in by["class"]} == set(target.ready.data.classes)
+    assert {group.name for group in by[column]} == {"lower half", "upper half"}
+    assert sum(group.members for group in by["class"]) == found.figures["members"]
+    assert found.figures["auc_gap_class"] >= 0 and len(found.roc) > 10
+    with pytest.raises(ConfigError, match=r"--by height: the model has no such input; it has .*radius"):
+        auditing.audit(target, levels=[4], trials=8, by=["height"])
+
+
+def test_groups_of_a_column_are_its_values() -> None:
+    inputs = torch.tensor([[1.0, 0.0, 3.0], [0.0, 1.0, 1.0], [0.0, 0.0, 2.0]])
+    assert personal._groups(inputs, [0, 1], ["f", "m"]) == ["f", "m", "no listed value"]
+    assert personal._groups(inputs, [2], []) == ["upper half", "lower half", "lower half"]
+
+
 def test_a_personal_model_that_remembers_is_seen_to(tmp_path: Path) -> None:
     """Long training of a wide network on a few records, by the local method alone."""
     settings = config(
@@ -277,12 +298,16 @@ def test_the_command_prints_writes_and_says_by_its_exit_code(
     assert command("audit", str(made), "--level", "2", "--level", "4", "--trials", "8", "--json", "--seed", "5") == 0
     said = capsys.readouterr()
     assert [one["seeds"] for one in json.loads(said.out)["audits"]] == [[5]] * 3
-    assert "level 2, noise" in said.err and "audit.json" in said.err
+    assert "level 2, noise" in said.err and "audit.json" in said.err and "stands in the ledger, signed" in said.err
     monkeypatch.setattr(opacus, "release", weak_release(3.0))
     assert command("audit", str(made), "--level", "2", "--out", str(tmp_path / "a.json")) == 4
     said = capsys.readouterr()
     assert "VIOLATION" in said.out and "4 of 5 checks passed" in said.out
     assert auditing.read(tmp_path / "a.json").violated
+    assert command("accountant", "show", str(made), "--json") == 0
+    stated = json.loads(capsys.readouterr().out)["audits"]  # wherever the copy went, the ledger has it
+    assert [one["verdict"] for one in stated if one["level"] == 2] == ["supported", "violation"]
+    assert command("accountant", "show", str(made)) == 0 and "VIOLATION" in capsys.readouterr().out
 
 
 def test_wrong_input_to_the_command_is_exit_code_2(

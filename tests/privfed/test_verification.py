@@ -1,5 +1,6 @@
 """A ledger that anybody can recompute, and what is found in one that was touched."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -10,12 +11,16 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from typer.testing import CliRunner, Result
 
 import privfed
-from privfed import exports, seals, verification
+from privfed import auditing, exports, keyring, seals, statements, verification
+from privfed.cli.app import app
+from privfed.cli.exits import exit_code
 from privfed.crypto import keys
-from privfed.errors import RunFolderError
+from privfed.errors import RunChanged, RunFolderError
 from privfed.privacy.accountant import Accountant
+from privfed.privacy.audit.result import Audit, digest
 from privfed.privacy.errors import LedgerCorrupt
 from privfed.privacy.events import Charge, NoiseSite, PoissonGaussian, PrivacyUnit, to_canonical_json
 from privfed.privacy.ledger import Entry, Ledger
@@ -50,7 +55,7 @@ def test_what_a_run_leaves_verifies(run: Path) -> None:
     found = check(run)
     assert found.rounds == 3
     sites = {site.name: site for site in found.sites}
-    assert sites[COORDINATOR].entries == 3 and sites[COORDINATOR].epsilon is None
+    assert sites[COORDINATOR].entries == 3 + 1 and sites[COORDINATOR].epsilon is None
     summary = json.loads((run / "summary.json").read_text())
     for name, epsilon in summary["privacy"]["epsilon"]["per_site"].items():
         site = sites[name]
@@ -138,6 +143,159 @@ def test_a_touched_ledger_is_found(copy: Path, name: str) -> None:
         check(copy)
 
 
+@pytest.fixture(scope="module")
+def audited(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with what an attack found in its ledger."""
+    return attacked(Path(shutil.copytree(run, tmp_path_factory.mktemp("verified") / "audited")), FOUND)
+
+
+FOUND = Audit(
+    level=3, name="one run", claimed_epsilon=2, delta=1e-5, epsilon_lower=2.5, confidence=0.95, trials=100,
+    verdict="violation", note="an exact figure", seeds=(7,), power=0.9, figures={"auc": 1},
+)  # fmt: skip
+
+
+def attacked(path: Path, *found: Audit) -> Path:
+    target = auditing.target_of(path)
+    file = auditing.AuditFile(format=statements.FORMAT, run=target.name, created="2026-01-01T00:00:00Z", audits=found)
+    auditing.record(target, file)
+    auditing.write(target, file)
+    return path
+
+
+def coordinator(path: Path) -> list[Entry]:
+    with Ledger(path / "ledger.db") as ledger:
+        return [line.entry for line in ledger.entries(COORDINATOR)]
+
+
+def test_an_audit_stands_in_the_chain_without_exact_figures(audited: Path) -> None:
+    found, book = check(audited), verification.find_book(audited)
+    assert (found.audits, found.rounds) == (1, 3)
+    assert verification.verify_files(book, found) == ()
+    (entry,) = (entry for entry in coordinator(audited) if entry.kind == "audit")
+    stated = statements.audit_in(entry)
+    assert stated.config == json.loads((audited / "run.json").read_text())["config_sha256"]
+    assert (
+        stated.headline.epsilon_lower == 2.5 and stated.headline.seeds == (7,) and stated.headline.claimed_epsilon == 2
+    )
+    assert "exact" not in entry.metadata["audit"] and "auc" not in entry.metadata["audit"]
+    (whole,) = statements.read_audits(audited / "audit.json").audits
+    assert digest(whole) == stated.digest  # figures that were counts are read as floats
+
+
+def test_the_same_audit_stands_once_and_another_one_beside_it(audited: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(audited, tmp_path / "copy"))
+    attacked(copy, FOUND)
+    assert sum(entry.kind == "audit" for entry in coordinator(copy)) == 1
+    attacked(copy, msgspec.structs.replace(FOUND, seeds=(8,), verdict="inconclusive", epsilon_lower=0.0))
+    assert [entry.attempt for entry in coordinator(copy) if entry.kind == "audit"] == [0, 1]
+    assert check(copy).audits == 2  # audit.json has the last, the ledger both
+
+
+def test_without_its_key_no_audit_is_begun(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    (copy / "ledger.db.key").unlink()
+    with pytest.raises(RunFolderError, match="no key file"):
+        auditing.require_recordable(auditing.target_of(copy))
+    (copy / "ledger.db").unlink()
+    with pytest.raises(RunFolderError, match="no ledger"):
+        auditing.require_recordable(auditing.target_of(copy))
+    assert not (copy / "ledger.db.key").exists()
+
+
+@pytest.mark.parametrize("kind", ["audit", "end"])
+def test_an_entry_that_somebody_slipped_in_is_not_signed_over(audited: Path, tmp_path: Path, kind: str) -> None:
+    copy = Path(shutil.copytree(audited, tmp_path / "copy"))
+    like = next(entry for entry in coordinator(copy) if entry.kind == kind)
+    with Ledger(copy / "ledger.db") as ledger:
+        ledger.witness(msgspec.structs.replace(like, attempt=7))
+    found = check(copy)
+    assert found.audits == 1 and any("1 entries after its last signed word" in note for note in found.notes)
+    with pytest.raises(LedgerCorrupt, match=r"'coordinator', entry 6: the coordinator has not signed it"):
+        attacked(copy, msgspec.structs.replace(FOUND, seeds=(8,)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "says"),
+    [
+        ("audit", {"audit": "{}"}, "states no audit"),
+        ("audit", {"sha256": "zz"}, "states more, or less"),
+        ("audit", {"more": "1"}, "states more, or less"),
+        ("end", {"summary.json": "zz"}, "digests"),
+        ("end", {"more": "00"}, "does not name"),
+        ("end", {"config.toml": "00" * 32}, "does not name"),
+    ],
+)
+def test_an_entry_that_is_signed_and_not_in_order_is_found(
+    audited: Path, tmp_path: Path, kind: str, change: dict[str, str], says: str
+) -> None:
+    copy = Path(shutil.copytree(audited, tmp_path / "copy"))
+    like = next(entry for entry in coordinator(copy) if entry.kind == kind)
+    private = keyring.site_key(keyring.ledger_key(copy / "ledger.db"), COORDINATOR, "ledger")
+    with Ledger(copy / "ledger.db") as ledger:
+        entry = msgspec.structs.replace(like, attempt=7, metadata={**like.metadata, **change})
+        Witness(ledger, private, {})._write(entry)
+    with pytest.raises(LedgerCorrupt, match=rf"'coordinator', entry 6.*{says}"):
+        check(copy)
+
+
+def test_files_that_were_touched_are_named_with_exit_code_4(audited: Path, tmp_path: Path) -> None:
+    def said(path: Path) -> Result:
+        return CliRunner().invoke(app, ["accountant", "verify", str(path)])
+
+    assert said(audited).exit_code == 0 and "as the ledger has them" in said(audited).stdout
+    for name in ("summary.json", "metrics.jsonl", "datasets.json", "keys.json", "personal.safetensors", "audit.json"):
+        copy = Path(shutil.copytree(audited, tmp_path / name))
+        with (copy / name).open("ab") as file:
+            file.write(b" \n")
+        if name == "audit.json":  # one more space is no other result
+            assert said(copy).exit_code == 0
+            (copy / name).write_text((copy / name).read_text().replace('"violation"', '"supported"'))
+        error = said(copy).exception
+        assert isinstance(error, RunChanged) and f"{copy / name}" in str(error) and exit_code(error) == 4
+    copy = Path(shutil.copytree(audited, tmp_path / "config"))
+    (copy / "config.toml").write_text((copy / "config.toml").read_text() + "# \n")
+    error = said(copy).exception
+    assert isinstance(error, RunChanged) and "config.toml" in str(error)
+    facts = json.loads((copy / "run.json").read_text())
+    facts["config_sha256"] = hashlib.sha256((copy / "config.toml").read_bytes()).hexdigest()
+    (copy / "run.json").write_text(json.dumps(facts))  # both were changed to agree with each other
+    error = said(copy).exception
+    assert isinstance(error, RunChanged) and "config.toml" in str(error)
+
+
+def test_an_older_ledger_under_a_finished_run_is_found(audited: Path, tmp_path: Path) -> None:
+    """All entries up to the last round hold by themselves; the summary shows that there was more."""
+    copy = Path(shutil.copytree(audited, tmp_path / "copy"))
+    gone = "site = 'coordinator' AND sequence > 3"
+    tamper(
+        copy,
+        f"DELETE FROM entries WHERE {gone}",
+        "DELETE FROM statements WHERE id > (SELECT MAX(id) FROM statements) - 2",
+        *(
+            f"UPDATE sqlite_sequence SET seq = (SELECT MAX(id) FROM {table}) WHERE name = '{table}'"
+            for table in ("entries", "statements")
+        ),
+    )
+    found, book = check(copy), verification.find_book(copy)
+    with pytest.raises(RunChanged, match=r"audit\.json"):
+        verification.verify_files(book, found)
+    (copy / "audit.json").unlink()
+    with pytest.raises(RunChanged, match="the ledger is an older copy"):
+        verification.verify_files(book, found)
+
+
+def test_an_unfinished_run_says_that_nothing_is_bound(run: Path, tmp_path: Path) -> None:
+    with Ledger(run / "ledger.db") as ledger:
+        rounds = [line for line in ledger.entries(COORDINATOR) if line.entry.kind == "witness"]
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    (copy / "summary.json").unlink()
+    name = rounds[0].entry.run
+    assert statements.check_files(copy, name, rounds) == (
+        "the run has not ended: nothing binds the files in its folder yet",
+    )
+
+
 def resigned(path: Path, change: Callable[[Seal], Seal], private: bytes, site: str) -> None:
     """Have one site's words changed and signed anew by whoever holds ``private``."""
     with Ledger(path / "ledger.db") as ledger:
@@ -212,7 +370,8 @@ def test_a_witness_takes_no_word_that_is_not_its_sites(tmp_path: Path) -> None:
     assert len(house.ledger.entries(COORDINATOR)) == 2
 
 
-def test_the_export_is_checked_without_privfed(run: Path, tmp_path: Path) -> None:
+def test_the_export_is_checked_without_privfed(audited: Path, tmp_path: Path) -> None:
+    run = audited
     text = "\n".join(exports.lines(run / "ledger.db")) + "\n"
     file = tmp_path / "export.jsonl"
     script = [sys.executable, str(ROOT / "docs" / "check_export.py"), str(file)]
@@ -224,6 +383,7 @@ def test_the_export_is_checked_without_privfed(run: Path, tmp_path: Path) -> Non
     whole = said(text)
     assert whole.returncode == 0, whole.stderr
     assert "3 roots" in whole.stdout and "verified" in whole.stdout
+    assert "level 3: violation, ε at least 2.5, claimed 2.0" in whole.stdout
     later = text.replace('\\"round\\":0,\\"run\\"', '\\"round\\":9,\\"run\\"')
     assert later != text and "NOT VERIFIED: site 'coordinator', entry 1" in said(later).stderr
     lines = text.splitlines()
@@ -231,6 +391,8 @@ def test_the_export_is_checked_without_privfed(run: Path, tmp_path: Path) -> Non
     dropped = lines[: words[1]] + lines[words[1] + 1 :]
     assert "root" in said("\n".join(dropped) + "\n").stderr
     assert "hospital-1" in said(text.replace("fedsgd", "fedsgb")).stderr
+    better = text.replace("violation", "supported")
+    assert better != text and "NOT VERIFIED: site 'coordinator', entry 5" in said(better).stderr
 
 
 def test_a_second_accountant_of_the_chain_agrees_with_the_ledgers(run: Path) -> None:
