@@ -697,7 +697,7 @@ def test_page_shows_verdict_reason_and_remedy(pages: dict[str, str]) -> None:
     words_ = Outline(pages["shared"]).words
     assert "BUDGET EXCEEDED The claim is sound, but a site spent more than it was allowed to." in words_
     assert (
-        "budget ε = 0.1 at δ = 1e-05, stated by the curator" in words_ and "What to do: Release nothing more" in words_
+        "budget ε = 0.05 at δ = 1e-05, stated by the curator" in words_ and "What to do: Release nothing more" in words_
     )
     assert "AUDIT VIOLATION" in Outline(pages["attacked"]).words and "CLAIM SUPPORTED" in Outline(pages["good"]).words
     assert "No spend could be read" in Outline(pages["broken"]).words
