@@ -137,7 +137,7 @@ def ours(study: Study, variant: str, device: str = "cpu") -> Callable[[], Tensor
         door = CohortDoor(network=together, sites=study.sites, settings=study.settings(), randomness=sources)
         theta = start
         for _ in range(STEPS):
-            theta = theta - LR * door.gradient(theta, door.draw())
+            theta = theta.sub(door.gradient(theta, door.draw()), alpha=LR)
         return theta.mean(0)
 
     return round_

@@ -91,15 +91,17 @@ def release_each(
     dtype: torch.dtype,
 ) -> Tensor:
     """``dtype`` [K, P]: `release` of row k of ``clipped_sums`` with generator k, bit for bit, before it is rounded."""
-    answers = torch.empty_like(clipped_sums, dtype=dtype)
-    at_once = max(1, _IN_CACHE // max(1, clipped_sums.shape[1]))
-    for low in range(0, len(clipped_sums), at_once):
-        sources, sums = randomness[low : low + at_once], clipped_sums[low : low + at_once]
-        noise = np.empty(tuple(sums.shape))
+    answers, sums = torch.empty_like(clipped_sums, dtype=dtype), clipped_sums.numpy()
+    at_once = max(1, _IN_CACHE // max(1, sums.shape[1]))
+    room = np.empty((min(at_once, len(sums)), sums.shape[1]))
+    for low in range(0, len(sums), at_once):
+        sources, noise = randomness[low : low + at_once], room[: len(sums) - low]
         for row, source in zip(noise, sources, strict=True):
             source.standard_normal(out=row)
         noise *= noise_multiplier * max_grad_norm
-        answers[low : low + at_once] = torch.from_numpy(noise).add_(sums).div_(expected_batch_size)
+        noise += sums[low : low + at_once]
+        noise /= expected_batch_size
+        answers[low : low + at_once] = torch.from_numpy(noise)
     return answers
 
 

@@ -112,8 +112,8 @@ class CohortDoor:
             raise ValueError(f"theta must have shape [{sites}, {parameters}], got {list(theta.shape)}")
         self._meter.query(batch)
         assert isinstance(batch, Draws)  # the meter knows its own draws
-        answers = theta.new_empty(sites, parameters)
-        blocks = clipped_sums(
+        sums = torch.empty(sites, parameters, dtype=self._network.dtype)
+        for members, block in clipped_sums(
             self._network,
             theta.expand(sites, -1),
             self._inputs,
@@ -122,19 +122,19 @@ class CohortDoor:
             batch._counts,
             max_grad_norm=self._settings.max_grad_norm,
             memory_bytes=self._memory_bytes,
-        )
-        for members, sums in blocks:
-            answers[members] = release_each(
-                sums.cpu(),
-                noise_multiplier=self._settings.noise_multiplier,
-                max_grad_norm=self._settings.max_grad_norm,
-                expected_batch_size=self._settings.denominator(batch._part),
-                randomness=self._randomness[members]
-                if isinstance(members, slice)
-                else [self._randomness[site] for site in members.tolist()],
-                dtype=theta.dtype,
-            ).to(theta.device)
-        return answers
+        ):
+            if isinstance(members, slice):  # all of them
+                sums = block.cpu()
+            else:
+                sums[members] = block.cpu()
+        return release_each(
+            sums,
+            noise_multiplier=self._settings.noise_multiplier,
+            max_grad_norm=self._settings.max_grad_norm,
+            expected_batch_size=self._settings.denominator(batch._part),
+            randomness=self._randomness,
+            dtype=theta.dtype,
+        ).to(theta.device)
 
     @property
     def charges(self) -> tuple[Charge, ...]:
@@ -153,7 +153,7 @@ def clipped_sums(
     max_grad_norm: float | None,
     memory_bytes: int = MEMORY_BYTES,
 ) -> Iterator[tuple[Tensor | slice, Tensor]]:
-    """The sites' sums, block by block: which sites, int64[k] or a slice; [k, P], Σ g · min(1, C/‖g‖) of each.
+    """The sites' sums, block by block: which sites, int64[k], or the slice of all; [k, P], Σ g · min(1, C/‖g‖) of each.
 
     Args:
         theta: [K, P].

@@ -116,11 +116,11 @@ class StackedNetwork:
                 if max_grad_norm is None:
                     factors = mask / mask.sum(1, keepdim=True).clamp_min(1).to(theta.dtype)
                 else:
-                    squares = torch.stack([leaf.square_norms(g) for leaf, g in pairs]).sum(0)
-                    factors = _factors(squares.sqrt(), mask, max_grad_norm)
-                    lost = ~squares.isfinite()
-                    if bool(lost.any()):
-                        pairs = [(leaf, leaf.pass_.without(lost, g)) for leaf, g in pairs]
+                    norms = torch.stack([leaf.square_norms(g) for leaf, g in pairs]).sum(0).sqrt_()
+                    finite = norms.isfinite()
+                    factors = _factors(norms, mask & finite, max_grad_norm)
+                    if not bool(finite.all()):
+                        pairs = [(leaf, leaf.pass_.without(~finite, g)) for leaf, g in pairs]
                 sums = torch.empty_like(theta)
                 into = self._views(sums)
                 for name, (leaf, g) in zip(leaves, pairs, strict=True):
@@ -140,8 +140,9 @@ class StackedNetwork:
                 gradients[~mask] = 0.0
                 return gradients.sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
             norms = torch.linalg.vector_norm(gradients, dim=2)
-            gradients[~(norms.isfinite() & mask)] = 0.0
-            return torch.bmm(_factors(norms, mask, max_grad_norm).unsqueeze(1), gradients).squeeze(1)
+            counted = mask & norms.isfinite()
+            gradients[~counted] = 0.0
+            return torch.bmm(_factors(norms, counted, max_grad_norm).unsqueeze(1), gradients).squeeze(1)
 
     def _each_gradient(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """[K, B, P]: every record's gradient, each taken alone."""
@@ -229,10 +230,10 @@ class StackedNetwork:
             self.bytes_per_record = self.parameters * self.dtype.itemsize * 3
 
 
-def _factors(norms: Tensor, mask: Tensor, max_grad_norm: float) -> Tensor:
-    """[K, B]: min(1, C/‖g‖) of the records, zero for padding and for what is not finite."""
-    factors = (max_grad_norm * _HAIR / (norms + _OPACUS_EPSILON)).clamp_max(1.0)
-    return torch.where(mask & norms.isfinite(), factors, 0.0)
+def _factors(norms: Tensor, counted: Tensor, max_grad_norm: float) -> Tensor:
+    """[K, B]: min(1, C/‖g‖), and zero for what does not count: padding, and what is not finite."""
+    factors = (max_grad_norm * _HAIR / (norms + _OPACUS_EPSILON)).clamp_max_(1.0)
+    return factors.masked_fill_(~counted, 0.0)
 
 
 def _with_leaves(model: nn.Module) -> tuple[nn.Module, dict[str, Leaf]]:
