@@ -153,12 +153,12 @@ def by_group(
                 name=name,
                 members=inside,
                 others=outside,
-                auc=found.auc,
-                auc_low=found.auc_low,
-                auc_high=found.auc_high,
-                tpr=found.tpr,
-                tpr_low=found.tpr_low,
-                tpr_high=found.tpr_high,
+                auc=float(found.auc),
+                auc_low=float(found.auc_low),
+                auc_high=float(found.auc_high),
+                tpr=float(found.tpr),
+                tpr_low=float(found.tpr_low),
+                tpr_high=float(found.tpr_high),
             )
         )
     return tuple(groups)

@@ -21,7 +21,7 @@ from privfed.methods import FedAvg, FedSGD, Fomaml, Local, Reptile
 from privfed.privacy import noise, skellam
 from privfed.privacy.audit.result import Audit
 from privfed.privacy.events import NoiseSite, PrivacyUnit
-from privfed.privacy.oracle import opacus
+from privfed.privacy.oracle import door, opacus
 from tests.privfed.house import changed
 
 LOCAL = Privacy(noise_multiplier=1.2, target_epsilon=50.0, sample_rate=1.0, expected_batch_size=10.0)
@@ -86,7 +86,7 @@ def weak_release(divisor: float) -> Callable[..., Tensor]:
 
 
 def test_a_third_of_the_noise_is_a_violation_at_every_level(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opacus, "release", weak_release(3.0))
+    monkeypatch.setattr(door, "release", weak_release(3.0))
     assert attacked(KINDS["local"], 1, trials=100).verdict == "violation"
     second = attacked(KINDS["local"], 2)
     assert second.verdict == "violation"
@@ -162,7 +162,7 @@ def test_canaries_show_through_all_rounds_what_ideal_ones_do() -> None:
 
 
 def test_a_third_of_the_noise_under_a_claim_of_two_is_a_violation_of_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opacus, "release", weak_release(3.0))
+    monkeypatch.setattr(door, "release", weak_release(3.0))
     privacy = Privacy(target_epsilon=2.0, sample_rate=1.0, expected_batch_size=10.0)
     found = attacked(config(rounds=3, privacy=privacy), 3, trials=1000)
     assert found.verdict == "violation" and 1.9 < (found.claimed_epsilon or 0.0) <= 2
@@ -299,7 +299,7 @@ def test_the_command_prints_writes_and_says_by_its_exit_code(
     said = capsys.readouterr()
     assert [one["seeds"] for one in json.loads(said.out)["audits"]] == [[5]] * 3
     assert "level 2, noise" in said.err and "audit.json" in said.err and "stands in the ledger, signed" in said.err
-    monkeypatch.setattr(opacus, "release", weak_release(3.0))
+    monkeypatch.setattr(door, "release", weak_release(3.0))
     assert command("audit", str(made), "--level", "2", "--out", str(tmp_path / "a.json")) == 4
     said = capsys.readouterr()
     assert "VIOLATION" in said.out and "4 of 5 checks passed" in said.out
