@@ -8,7 +8,8 @@ from .errors import NoGuarantee
 from .events import Charge
 
 _LEAST, _MOST = 1e-3, 1e6  # noise multipliers beyond either end are mistakes, not mechanisms
-_SLACK = 0.005  # how far below the target ε may end up, relatively
+SLACK = 0.005
+"""How far below the target ε may end up, relatively."""
 _AIM = 0.998  # inside the slack, so that a step which lands near it ends the search
 _MAX_STEPS = 60
 
@@ -18,6 +19,8 @@ def noise_multiplier_for(
     delta: float,
     charges: Callable[[float], Iterable[Charge]],
     accountant: Accountant,
+    *,
+    near: float | None = None,
 ) -> float:
     """The least noise multiplier whose plan costs at most `target_epsilon`, within half a percent of ε.
 
@@ -31,6 +34,7 @@ def noise_multiplier_for(
         delta: in (0, 1).
         charges: the whole plan as a function of its noise multiplier; more noise must not cost more.
         accountant: prices the plan, and remembers.
+        near: where to begin, if the answer to nearly the same question is known.
 
     Raises:
         NoGuarantee: no noise multiplier reaches the target: some charge does not depend on it.
@@ -55,11 +59,10 @@ def noise_multiplier_for(
         return accountant.epsilon(charges(sigma), delta).value
 
     # Each search starts from the answer of a quicker and larger bound: enough noise, and close to what is sought.
-    low, high = _bracket(by_rdp, target_epsilon, start=1.0)
-    enough = _least(by_rdp, target_epsilon, low, high)
+    enough = near or _least(by_rdp, target_epsilon, *_bracket(by_rdp, target_epsilon, start=1.0))
     low, high = _bracket(quickly, target_epsilon, start=enough)
     enough = _least(quickly, target_epsilon, low, high)
-    if finely(enough) >= target_epsilon * (1 - _SLACK):
+    if finely(enough) >= target_epsilon * (1 - SLACK):
         return enough
     low, high = _bracket(finely, target_epsilon, start=enough)
     return _least(finely, target_epsilon, low, high)
@@ -91,7 +94,7 @@ def _least(epsilon: Callable[[float], float], target: float, low: float, high: f
     """Narrows the bracket until `high` is within the slack, by secants of log ε over log σ with bisection as guard."""
     below, above = epsilon(low), epsilon(high)
     for step in range(_MAX_STEPS):
-        if above >= target * (1 - _SLACK):
+        if above >= target * (1 - SLACK):
             break
         middle = math.sqrt(low * high)
         if step % 3 < 2 and 0 < above and math.isfinite(below):

@@ -25,9 +25,10 @@ from .errors import ConfigError, DataError, RunFolderError
 from .federation import Federation, RoundReport
 from .folder import Checkpoint, RunFacts, RunFolder
 from .methods import State
-from .noise_levels import noise_levels
+from .noise_levels import meets_training, noise_levels, side_plan
 from .parameters import load_vector, to_vector
 from .report import render
+from .schedule import Spending
 from .selection import best, check_selection, stalled
 from .simulation.consortium import Consortium, members, open_consortium
 from .standardisation import fold
@@ -225,7 +226,8 @@ def _drive(ready: Preparation, home: RunFolder, observer: Observer | None) -> Ru
                 side_noise=ready.side_noise,
                 schema=ready.schema,
                 state=checkpoint.server,
-                first_round=checkpoint.next_round,
+                spending=_spending(ready),
+                done=reports,
                 server_key=consortium.server_key,
                 journal=consortium.journal,
                 retired=checkpoint.retired,
@@ -256,6 +258,16 @@ def _drive(ready: Preparation, home: RunFolder, observer: Observer | None) -> Ru
             summary = _summarised(ready, federation, consortium, reports, seconds)
             _leave(ready, home, kept or federation.state, consortium, summary)
     return Run(home.path, summary, tuple(reports), (kept or federation.state)["theta"])
+
+
+def _spending(ready: Preparation) -> Spending | None:
+    """Who chooses the noise of each round, where it is not one for all."""
+    if ready.config.privacy.schedule == "constant":
+        return None
+    config, cohort = ready.config, cohort_of(ready.config, len(ready.data.sites))
+    beside = meets_training(config, side_plan(config, cohort, ready.schema, ready.side_noise))
+    size = update_size(config, ready.schema.features, parameter_count(config, ready.schema))
+    return Spending(config, size, ready.noise_multiplier, beside, ready.accountant)
 
 
 def _summarised(

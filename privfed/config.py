@@ -64,6 +64,14 @@ class Privacy(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     max_update_norm: Annotated[
         float, Meta(ge=1e-6, le=1e6, description="unit = client: C, largest L2 norm of a site's whole update")
     ] = 1.0
+    schedule: Annotated[
+        str,
+        Meta(
+            pattern="^(constant|spend)$",
+            description='noise in shares: "constant", every round is planned for the fewest sites in a sum; "spend", '
+            "what a sum of more sites does not need goes to the other rounds; needs aggregation.kind = 'masked'",
+        ),
+    ] = "constant"
     sample_rate: Annotated[
         Annotated[float, Meta(gt=0, le=1)] | None,
         Meta(description="q, public: the chance of a record or patient to be drawn; default 0.5, distributed 1"),

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +33,7 @@ from .figures import Released
 from .methods import State
 from .methods.server import KEEPS, optimized
 from .parameters import encode
+from .schedule import Spending
 from .standardisation import DEVIATION, MEAN, standardisation
 from .terms import (
     Encoding,
@@ -65,6 +66,7 @@ class RoundReport:
         released: what all sites' noised counts say of the new model; None where they are not released.
         words: what the sites signed about their ledgers, by name; see seals.py.
         seconds: wall clock.
+        noise_multiplier: σ/C of its updates; 0 without a claim.
     """
 
     round: int
@@ -76,6 +78,7 @@ class RoundReport:
     bytes_up: float
     measurements: Mapping[str, wire.Measurement]
     seconds: float
+    noise_multiplier: float = 0.0
     released: Released | None = None
     words: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
 
@@ -112,6 +115,7 @@ class Federation:
         roster: the sites, by index; with homomorphic aggregation the key holder too.
         engine: carries bytes to them by name.
         noise_multiplier: σ/C, calibrated or given; 0 without a claim.
+        spending: chooses it anew for each round; default none.
         side_noise: σ/C of what is released beside the updates.
         schema: what is public about every site's table; needed for standardised inputs alone.
         state: the server's state to start from.
@@ -119,7 +123,7 @@ class Federation:
             short. Default fresh.
         journal: the homomorphic aggregator's own durable memory, and that of a server that adds the noise, for the
             same; default none beyond a round.
-        first_round: 0, or where an interrupted run goes on.
+        done: the rounds before, where an interrupted run goes on.
         retired: sites that left it before, with their reasons.
         clock: monotonic seconds, for the report alone.
     """
@@ -135,15 +139,17 @@ class Federation:
         state: State,
         side_noise: SideNoise = SideNoise(),  # noqa: B008  # frozen
         schema: Schema | None = None,
-        first_round: int = 0,
+        spending: Spending | None = None,
+        done: Sequence[RoundReport] = (),
         server_key: bytes | None = None,
         journal: Journal | None = None,
         retired: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.config, self.run, self.state, self.next_round = config, run, state, first_round
+        self.config, self.run, self.state, self.next_round = config, run, state, len(done)
         self._roster, self._engine, self._noise_multiplier, self._clock = roster, engine, noise_multiplier, clock
         self._side_noise, self._schema = side_noise, schema
+        self._spending, self._done = spending, list(done)
         self._names = {index: member.name for index, member in enumerate(roster.members)}
         self.retired = dict(retired or {})
         self._server_key = server_key or noise.new_key()
@@ -168,6 +174,9 @@ class Federation:
             active = tuple(index for index in self._sites if self._names[index] not in self.retired)
             try:
                 cohort = cohort_of(self.config, len(active))
+                if self._spending is not None:
+                    names = [self._names[index] for index in active]
+                    self._noise_multiplier = self._spending.level(cohort, self._done, names)
                 self._check_sums(cohort)
             except (ConfigError, NoGuarantee) as error:
                 logger.warning(
@@ -178,7 +187,8 @@ class Federation:
                     error,
                 )
                 return
-            yield self._round(self.next_round, active, cohort)
+            self._done.append(self._round(self.next_round, active, cohort))
+            yield self._done[-1]
 
     def _check_sums(self, cohort: Cohort) -> None:
         """Return if all that the run adds up has a guarantee with this cohort: fewer sites carry more noise each.
@@ -248,6 +258,7 @@ class Federation:
             },
             refused=dict(tally.refused),
             aborted=aborted,
+            noise_multiplier=self._noise_multiplier,
             bytes_up=math.fsum(tally.bytes_up.get(name, 0) for name in names) / len(names) if names else 0.0,
             measurements={name: replace(measured, seal=b"") for name, measured in measurements.items()},
             words={name: measured.seal for name, measured in measurements.items() if measured.seal},

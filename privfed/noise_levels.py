@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 
@@ -15,13 +16,12 @@ from . import wire
 from .cohort import Cohort
 from .config import Config, SideNoise
 from .errors import ConfigError
+from .schedule import ahead, check_schedule
 from .terms import (
     Schema,
     count_sum,
     counts_of,
-    encoding_of,
     parameter_count,
-    planned_charges,
     side_charge,
     update_size,
     whole_group,
@@ -40,6 +40,7 @@ def noise_levels(config: Config, cohort: Cohort, schema: Schema, accountant: Acc
         ConfigError: the target can not be met.
     """
     privacy = config.privacy
+    check_schedule(config)
     if privacy.unit is PrivacyUnit.NONE or not config.method.sends:
         try:
             counts_of(config)
@@ -52,10 +53,7 @@ def noise_levels(config: Config, cohort: Cohort, schema: Schema, accountant: Acc
         raise ConfigError("privacy needs a finite target_epsilon (calibrates the noise) or noise_multiplier (fixes it)")
     size = update_size(config, schema.features, parameter_count(config, schema))
 
-    def side_charges(purpose: wire.Purpose, noise_multiplier: float) -> tuple[Charge, ...]:
-        encoding = count_sum(config, cohort, purpose, schema.features, noise_multiplier)
-        count = evaluations(config) if purpose == "figures" else 1
-        return (msgspec.structs.replace(side_charge(config, encoding, purpose), count=count),)
+    side_charges = partial(_side_charges, config, cohort, schema)
 
     def least(key: str, target: float, charges: Callable[[float], tuple[Charge, ...]]) -> float:
         try:
@@ -82,17 +80,12 @@ def noise_levels(config: Config, cohort: Cohort, schema: Schema, accountant: Acc
         target = privacy.standardise_epsilon
         inputs = beside_least("privacy.standardise_epsilon", target, "inputs")
     levels = SideNoise(figures=figures, inputs=inputs)
-    beside = (
-        *(side_charges("figures", levels.figures) if levels.figures else ()),
-        *(side_charges("inputs", levels.inputs) if levels.inputs else ()),
-    )
+    beside = side_plan(config, cohort, schema, levels)
 
-    # What is about the test records alone never meets the training: the larger of the two counts, and not here
-    with_training = tuple(charge for charge in beside if charge.group in (ALL, whole_group(config)))
+    with_training = meets_training(config, beside)
 
     def plan(noise_multiplier: float) -> tuple[Charge, ...]:
-        encoding = encoding_of(config, cohort, size, noise_multiplier)
-        return (*planned_charges(config, encoding, noise_multiplier, config.rounds), *with_training)
+        return (*ahead(config, cohort, size, noise_multiplier, config.rounds), *with_training)
 
     if privacy.noise_multiplier is not None:
         return privacy.noise_multiplier, levels
@@ -105,6 +98,28 @@ def noise_levels(config: Config, cohort: Cohort, schema: Schema, accountant: Acc
             "raise the target"
         )
     return least("privacy.target_epsilon", privacy.target_epsilon, plan), levels
+
+
+def side_plan(config: Config, cohort: Cohort, schema: Schema, levels: SideNoise) -> tuple[Charge, ...]:
+    """What is released beside the updates, over the whole run and at its worst."""
+    return (
+        *(_side_charges(config, cohort, schema, "figures", levels.figures) if levels.figures else ()),
+        *(_side_charges(config, cohort, schema, "inputs", levels.inputs) if levels.inputs else ()),
+    )
+
+
+def _side_charges(
+    config: Config, cohort: Cohort, schema: Schema, purpose: wire.Purpose, noise_multiplier: float
+) -> tuple[Charge, ...]:
+    encoding = count_sum(config, cohort, purpose, schema.features, noise_multiplier)
+    count = evaluations(config) if purpose == "figures" else 1
+    return (msgspec.structs.replace(side_charge(config, encoding, purpose), count=count),)
+
+
+def meets_training(config: Config, beside: tuple[Charge, ...]) -> tuple[Charge, ...]:
+    """Those charges that the training records meet. What is about the test records alone never adds to the updates:
+    the larger of the two counts."""
+    return tuple(charge for charge in beside if charge.group in (ALL, whole_group(config)))
 
 
 def figures_target(config: Config) -> float:

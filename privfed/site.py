@@ -49,6 +49,7 @@ from .errors import LedgerKeyError, PrivfedError
 from .methods import Local, State
 from .models import classification_loss
 from .policy import PolicyRefusal, check_policy
+from .schedule import keeps_pace
 from .seals import seal
 from .standardisation import DEVIATION, MEAN, check_standardisation, inputs_range, unit_means
 from .terms import (
@@ -67,6 +68,7 @@ from .terms import (
     session_of,
     side_charge,
     side_encoding,
+    update_size,
 )
 
 logger = logging.getLogger(__name__)
@@ -188,7 +190,7 @@ class Site:
         self._network, self._oracle = network, oracle
         self._noise_key, self._split_key = noise_key, split_key
         self._insecure, self._policy = insecure, policy
-        self._run: tuple[str, tuple[Config, float, SideNoise]] | None = None
+        self._run: tuple[str, tuple[Config, float | None, SideNoise]] | None = None
         self._split: Split | None = None
         self._private: State | None = None
         self._shared: State | None = None  # what the round in progress began with
@@ -296,6 +298,8 @@ class Site:
         if config.privacy.unit is not PrivacyUnit.NONE and not self._charged(current):
             prior = self._ledger.charges(self.name, self._dataset)
             self._afford(config, prior, self._planned(current))
+            if message.purpose == "update":
+                self._keep_pace(plan)
         session = session_of(plan, context, current.encoding, message.purpose)
         current.client = self._client(plan, session, lambda: self._contribute(current, state))
         self._current, self._begun = current, (plan.run, plan.round)
@@ -572,7 +576,9 @@ class Site:
 
     def _hold_to(self, plan: wire.RoundPlan) -> None:
         """Hold the plan to what its run began with, also after a restart: the ledger remembers it."""
-        promised = (plan.config, plan.noise_multiplier, plan.side_noise)
+        # "spend" chooses the noise round by round; what it may come to is the budget's and the pace's to say
+        fixed = plan.noise_multiplier if plan.config.privacy.schedule == "constant" else None
+        promised = (plan.config, fixed, plan.side_noise)
         if self._run == (plan.run, promised):
             return
         config = plan.config
@@ -610,6 +616,27 @@ class Site:
         if self._policy.max_epsilon is not None:
             budget = Budget(epsilon=self._policy.max_epsilon, delta=self._policy.delta)
         budget.ensure(self._accountant, prior, new, site=self.name)
+
+    def _keep_pace(self, plan: wire.RoundPlan) -> None:
+        """Raise `PolicyRefusal` if a plan that chooses its noise spends more now than leaves enough for the rest."""
+        config = plan.config
+        if config.privacy.schedule == "constant":
+            return
+        spends: dict[tuple[int, int], tuple[Charge, ...]] = {}
+        for line in self._ledger.entries(self.name):
+            entry = line.entry
+            if entry.run == plan.run and entry.charges:  # a settlement takes the place of its reserve
+                spends[entry.round, entry.attempt] = entry.charges
+        before = [charge for charges in spends.values() for charge in charges]
+        size = update_size(config, plan.features, parameter_count(config, self._schema))
+        rounds = config.rounds - plan.round
+        if rounds < 1 or not keeps_pace(
+            config, cohort_in(plan), size, plan.noise_multiplier, before, rounds, self._accountant
+        ):
+            raise PolicyRefusal(
+                f"the plan has noise_multiplier = {plan.noise_multiplier:g} in round {plan.round}, which leaves too "
+                f"little of privacy.target_epsilon = {config.privacy.target_epsilon:g} for the rounds after it"
+            )
 
     # The doors
 

@@ -262,6 +262,7 @@ def report_of(line: Mapping[str, Any]) -> RoundReport:
             refused=line["refused"],
             aborted=line["aborted"],
             bytes_up=line["bytes_up_per_site"],
+            noise_multiplier=line["noise_multiplier"],
             measurements={
                 name: msgspec.convert({"type": "measurement", **measured}, wire.Measurement)
                 for name, measured in line["sites"].items()
@@ -301,6 +302,7 @@ def metrics_line(run: str, report: RoundReport) -> dict[str, Any]:
         "refused": dict(report.refused),
         "aborted": report.aborted,
         "bytes_up_per_site": report.bytes_up,
+        "noise_multiplier": report.noise_multiplier,
         "sites": {name: _figures_of(measured) for name, measured in report.measurements.items()},
         "released": asdict(report.released) if report.released else None,
         "seconds": round(report.seconds, 4),

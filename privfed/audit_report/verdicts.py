@@ -304,13 +304,20 @@ def booked_as_configured(lines: Sequence[Recorded], runs: Sequence[RunEvidence])
         (run.run, line.round): len(line.contributed) for run in runs for line in run.history.rounds if line.contributed
     }
     facts = {run.run: run for run in runs}
+    levels = {
+        (run.run, line.round): line.noise_multiplier
+        for run in runs
+        for line in run.history.rounds
+        if run.history.config.privacy.schedule == "spend"
+    }
     wrong = []
     for line in lines:
         entry = line.entry
         run = facts.get(entry.run)
         if run is None:  # figures and moments have noise of their own
             continue
-        noise, rate = run.facts.noise_multiplier, run.history.config.privacy.rate
+        rate = run.history.config.privacy.rate
+        noise = levels.get((entry.run, entry.round), run.facts.noise_multiplier)
         for charge in entry.charges:
             event = charge.event
             if isinstance(event, Skellam):

@@ -22,6 +22,7 @@ from ..doors import Split
 from ..errors import PrivfedError
 from ..methods import State
 from ..parameters import to_vector
+from ..schedule import ahead
 from ..terms import Update, build_model, encoding_of, first_states, parameter_count, planned_charges, update_size
 from .canaries import LOUD, door_of, everyone_drawn, records_of, stage
 from .target import Target
@@ -62,7 +63,7 @@ def audit_noise(target: Target, *, seed: int, progress: Callable[[int, int], Non
         followed,
         name="noise, clip and booking",
         size=min(len(stream) for stream in streams.values()),
-        claimed_epsilon=target.cost(planned_charges(config, encoding, target.noise_multiplier, config.rounds)),
+        claimed_epsilon=target.cost(ahead(config, target.cohort, dim, target.noise_multiplier, config.rounds)),
         delta=config.privacy.delta,
         seed=seed,
         note="The sites' exact figures are released beside the updates, and no ε covers them (evaluation.release)"

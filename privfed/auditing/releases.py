@@ -18,7 +18,8 @@ from privfed.privacy.shared import ClientSum, RecordSum
 from ..doors import Split
 from ..errors import PrivfedError
 from ..methods import SingleQuery, State
-from ..terms import Grid, encoding_of, parameter_count, planned_charges, split_id, whole_group
+from ..schedule import ahead
+from ..terms import Grid, encoding_of, parameter_count, split_id, whole_group
 from .canaries import LOUD, at_first, door_of, stage
 from .target import Target
 
@@ -49,7 +50,7 @@ def audit_releases(target: Target, *, trials: int | None, seed: int, progress: C
     size = dim * config.method.blocks
     encoding = encoding_of(config, target.cohort, size, target.noise_multiplier, b"audit")
     state = config.method.init_server(torch.zeros(dim))
-    planned = planned_charges(config, encoding, target.noise_multiplier, config.rounds)
+    planned = ahead(config, target.cohort, size, target.noise_multiplier, config.rounds)
     if isinstance(encoding, ClientSum):
         direction, part = np.eye(size)[0], ALL
         makers = {included: _client_sums(target, encoding, included) for included in (True, False)}

@@ -175,6 +175,10 @@ def _beside(ready: Preparation) -> list[tuple[str, str]]:
                 f"the target, the fewest in a sum ({cohort.minimum_cohort}) less {colluders} that may collude",
             )
         )
+    if config.privacy.schedule == "spend":
+        lines.append(
+            ("schedule", "planned for sums of all sites; where one is missing, the later rounds get more noise")
+        )
     if config.privacy.standardise_epsilon is not None:
         lines.append(
             ("inputs", f"standardised by noised means, ε = {config.privacy.standardise_epsilon:g} of the target")

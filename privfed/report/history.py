@@ -46,6 +46,7 @@ class RoundLine(msgspec.Struct, frozen=True):
     refused: dict[str, str] = {}
     aborted: str | None = None
     bytes_up_per_site: float | None = None
+    noise_multiplier: float = 0.0
     sites: dict[str, SiteFigures] = {}
     released: ReleasedFigure | None = None
 
