@@ -177,7 +177,7 @@ def _beside(ready: Preparation) -> list[tuple[str, str]]:
         )
     if config.privacy.schedule == "spend":
         lines.append(
-            ("schedule", "planned for sums of all sites; where one is missing, the later rounds get more noise")
+            ("schedule", "planned for sums of all sites; after one without some of them, the noise grows")
         )
     if config.privacy.standardise_epsilon is not None:
         lines.append(
