@@ -176,9 +176,7 @@ def _beside(ready: Preparation) -> list[tuple[str, str]]:
             )
         )
     if config.privacy.schedule == "spend":
-        lines.append(
-            ("schedule", "planned for sums of all sites; after one without some of them, the noise grows")
-        )
+        lines.append(("schedule", "planned for sums of all sites; after one without some of them, the noise grows"))
     if config.privacy.standardise_epsilon is not None:
         lines.append(
             ("inputs", f"standardised by noised means, ε = {config.privacy.standardise_epsilon:g} of the target")
