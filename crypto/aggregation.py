@@ -6,6 +6,7 @@ has waited long enough. Whoever is missing when the caller closes a phase has dr
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -155,6 +156,7 @@ class Session:
         return max(self.threshold, self.minimum_cohort)
 
 
+@lru_cache(maxsize=4)  # the clients of a simulation ask for the same one
 def session_id(session: Session, roster_hash: bytes) -> bytes:
     """The 32 bytes every message carries and every key is bound to; parties that differ in anything cannot talk.
 
@@ -176,7 +178,7 @@ def session_id(session: Session, roster_hash: bytes) -> bytes:
         "privfed/session/1",
         session.run.encode(),
         *(number.to_bytes(8, "big") for number in numbers),
-        b"".join(index.to_bytes(4, "big") for index in session.cohort),
+        np.asarray(session.cohort, dtype=">u4").tobytes(),
         session.context,
         roster_hash,
     )

@@ -28,7 +28,7 @@ def mlp(inputs: int, hidden: tuple[int, ...], outputs: int, *, seed: int, norm: 
     """
     layers: list[nn.Module] = []
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the one of this processor; torch.manual_seed also wakes the others
         for width_in, width_out in itertools.pairwise([inputs, *hidden, outputs]):
             layers += [nn.Linear(width_in, width_out)]
             layers += [nn.GroupNorm(1, width_out), nn.ReLU()] if norm else [nn.ReLU()]

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import msgspec
@@ -256,7 +257,7 @@ def shares_noise(config: Config) -> bool:
 
 def session_of(plan: wire.RoundPlan, context: bytes, encoding: Encoding, purpose: wire.Purpose = "update") -> Session:
     """The aggregation session that a party derives from the plan and model it holds."""
-    return Session(
+    return _session(
         run=run_of(plan.run, purpose),
         round=plan.round,
         attempt=plan.attempt,
@@ -269,6 +270,9 @@ def session_of(plan: wire.RoundPlan, context: bytes, encoding: Encoding, purpose
         degree=plan.degree,
         context=context,
     )
+
+
+_session = lru_cache(maxsize=4)(Session)  # the sites of a simulation derive the same one, and checking it takes time
 
 
 def cohort_in(plan: wire.RoundPlan) -> Cohort:

@@ -1,6 +1,7 @@
 """What a coordinator and a site say to each other: typed, versioned bytes that any engine can carry."""
 
 import hashlib
+from functools import lru_cache
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
@@ -140,6 +141,7 @@ def decode_reply(data: bytes) -> Reply:
     return _decoded(_replies, data)
 
 
+@lru_cache(maxsize=4)  # all sites of a simulation get the same; it is frozen
 def decode_plan(data: bytes) -> RoundPlan:
     """The plan in ``data``; a plan of another version of the protocol or the code is refused."""
     plan = _decoded(_plans, data)
