@@ -18,7 +18,7 @@ from privfed.privacy.events import PrivacyUnit
 from privfed.privacy.ledger import Ledger
 
 from . import config_io, folder, keyring, statements
-from .cohort import cohort_of
+from .cohort import cohort_of, held_out
 from .config import Config, SideNoise
 from .data.records import Sites
 from .doors import check_units
@@ -75,6 +75,12 @@ class Preparation:
     side_noise: SideNoise
     accountant: Accountant = field(repr=False)
 
+    @property
+    def training(self) -> tuple[str, ...]:
+        """The sites that take part in training, by name."""
+        unseen = held_out(self.config, list(self.data.sites))
+        return tuple(name for name in self.data.sites if name not in unseen)
+
 
 def prepare(config: Config, *, facts: RunFacts | None = None) -> Preparation:
     """Check that the configuration can run and promise what it claims; load the data; calibrate the noise.
@@ -96,7 +102,8 @@ def prepare(config: Config, *, facts: RunFacts | None = None) -> Preparation:
     data = config.data.load(seed=config.seed)
     for records in data.sites.values() if config.method.sends else ():
         check_units(config, records)
-    cohort = cohort_of(config, len(data.sites))
+    unseen = held_out(config, list(data.sites))
+    cohort = cohort_of(config, len(data.sites) - len(unseen))
     parties = members(config, data)
     if strangers := sorted(set(config.evaluation.public_sites) - set(data.sites)):
         raise ConfigError(f"evaluation.public_sites: no site {strangers[0]!r}; sites are {', '.join(data.sites)}")
@@ -279,7 +286,7 @@ def _summarised(
     seconds: float,
 ) -> Summary:
     """The figures of the rounds done, with ε as it stands in the sites' ledgers now."""
-    config, sites = ready.config, consortium.sites
+    config, sites = ready.config, {name: consortium.sites[name] for name in ready.training}
     cohort, delta = cohort_of(config, len(sites)), config.privacy.delta
     deployment, colluders = deployment_of(config, cohort), worthwhile_colluders(config, cohort)
     return summarize(

@@ -1,5 +1,7 @@
 """The numbers of a round's aggregation: what follows from how many sites are invited."""
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from privfed.crypto import degree as graph_degree
@@ -33,6 +35,23 @@ class Cohort:
         # On a sparse graph the threshold counts neighbours, not sites
         needed = self.minimum_cohort if self.degree is not None else max(self.threshold, self.minimum_cohort)
         return self.size - needed
+
+
+def held_out(config: Config, names: Sequence[str]) -> frozenset[str]:
+    """The sites among ``names`` that take no part in training, by names and the public seed alone.
+
+    Raises:
+        ConfigError: a site is to be held out that there is not.
+    """
+    evaluation = config.evaluation
+    if strangers := sorted(set(evaluation.unseen_sites) - set(names)):
+        raise ConfigError(f"evaluation.unseen_sites: no site {strangers[0]!r}; sites are {', '.join(names)}")
+    others = sorted(set(names) - set(evaluation.unseen_sites), key=lambda name: _place(config.seed, name))
+    return frozenset(evaluation.unseen_sites).union(others[: round(evaluation.unseen_fraction * len(others))])
+
+
+def _place(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"privfed unseen {seed} {name}".encode()).digest()
 
 
 def cohort_of(config: Config, n: int) -> Cohort:

@@ -182,6 +182,17 @@ class Evaluation(Section, frozen=True, forbid_unknown_fields=True, kw_only=True)
         str,
         Meta(pattern="^(last|best)$", description='the model that is kept: "last", or "best" by the released figure'),
     ] = "last"
+    unseen_sites: Annotated[
+        tuple[Annotated[str, Meta(min_length=1)], ...],
+        Meta(description="sites that take no part in training: they adapt the final model to themselves"),
+    ] = ()
+    unseen_fraction: Annotated[
+        float, Meta(ge=0, lt=1, description="share of the other sites that is held out like them, by the public seed")
+    ] = 0.0
+    unseen_records: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="training records that a held-out site may adapt with; default all"),
+    ] = None
     test_fraction: Annotated[
         float,
         Meta(gt=0, lt=1, description="share of every site's records kept for testing, by a keyed hash of their id"),

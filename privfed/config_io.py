@@ -98,6 +98,16 @@ def check_used(config: Config) -> None:
             "a method that sends updates",
         ),
         (
+            "evaluation.unseen_records",
+            evaluation.unseen_records is not None and not (evaluation.unseen_sites or evaluation.unseen_fraction),
+            "evaluation.unseen_sites or evaluation.unseen_fraction",
+        ),
+        (
+            "evaluation.unseen_sites and evaluation.unseen_fraction",
+            bool(evaluation.unseen_sites or evaluation.unseen_fraction) and evaluation.release == "private",
+            "figures of single sites: evaluation.release = 'internal' or 'public-cohort'",
+        ),
+        (
             "evaluation.public_sites",
             bool(evaluation.public_sites) and evaluation.release != "public-cohort",
             "evaluation.release = 'public-cohort'",

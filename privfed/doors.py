@@ -48,14 +48,31 @@ def split(config: Config, data: SiteData, key: bytes) -> Split:
     """
     testing = keyed_fraction(data.units, key=key, label="test") < config.evaluation.test_fraction
     train = data.rows(~testing)
+    return Split(train, data.rows(testing), _parts(config, train, key))
+
+
+def _parts(config: Config, train: SiteData, key: bytes) -> dict[str, Tensor]:
+    """The rows of each part of the training records."""
     where = keyed_fraction(train.units, key=key, label="parts")
     parts = {ALL: np.ones(len(train), dtype=bool)}
     low = 0.0
     for name, fraction in config.method.parts.items():
         parts[name] = (where >= low) & (where < low + fraction)
         low += fraction
-    rows = {name: torch.from_numpy(np.flatnonzero(mask)) for name, mask in parts.items()}
-    return Split(train, data.rows(testing), rows)
+    return {name: torch.from_numpy(np.flatnonzero(mask)) for name, mask in parts.items()}
+
+
+def few(config: Config, records: Split, number: int, key: bytes) -> Split:
+    """The same test records, and only ``number`` of the training records, the first by a keyed hash.
+
+    Args:
+        key: bytes[32], the site's split key.
+    """
+    order = np.argsort(keyed_fraction(records.train.ids, key=key, label="few"))
+    chosen = np.zeros(len(records.train), dtype=bool)
+    chosen[order[:number]] = True
+    train = records.train.rows(chosen)
+    return Split(train, records.test, _parts(config, train, key))
 
 
 def check_units(config: Config, data: SiteData) -> None:

@@ -48,20 +48,34 @@ class Spread:
         mean: unweighted mean over sites.
         worst_decile: mean of the lowest tenth of the sites (at least one).
         sd: standard deviation over sites.
+        weighted_mean: mean with the sites' weights; the unweighted one where none are given.
     """
 
     mean: float
     worst_decile: float
     sd: float
+    weighted_mean: float
 
 
-def spread(values: Sequence[float | None]) -> Spread | None:
-    """The spread of the sites that have a value; None when none has."""
-    defined = sorted(value for value in values if value is not None and math.isfinite(value))
-    if not defined:
+def spread(values: Sequence[float | None], weights: Sequence[float] | None = None) -> Spread | None:
+    """The spread of the sites that have a value; None when none has.
+
+    Args:
+        weights: of each site, for the weighted mean alone; numbers of test records.
+    """
+    given = [1.0] * len(values) if weights is None else weights
+    pairs = sorted(
+        (value, weight)
+        for value, weight in zip(values, given, strict=True)
+        if value is not None and math.isfinite(value)
+    )
+    if not pairs:
         return None
+    defined, heavy = (np.array(column) for column in zip(*pairs, strict=True))
     worst = defined[: max(1, round(len(defined) / 10))]
-    return Spread(mean=float(np.mean(defined)), worst_decile=float(np.mean(worst)), sd=float(np.std(defined)))
+    mean = float(np.mean(defined))
+    weighted = float(np.average(defined, weights=heavy)) if heavy.sum() > 0 else mean
+    return Spread(mean, float(np.mean(worst)), float(np.std(defined)), weighted)
 
 
 def fraction_hurt(ours: Mapping[str, float | None], theirs: Mapping[str, float | None]) -> float | None:
@@ -70,3 +84,30 @@ def fraction_hurt(ours: Mapping[str, float | None], theirs: Mapping[str, float |
     if not pairs:
         return None
     return sum(mine < other for mine, other in pairs if other is not None) / len(pairs)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """How much better one is than the other, over runs that share everything else.
+
+    Attributes:
+        mean: of the differences.
+        half_width: half the width of their 95 % interval, by Student's t; NaN for fewer than two pairs.
+        pairs: how many.
+    """
+
+    mean: float
+    half_width: float
+    pairs: int
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float], *, level: float = 0.95) -> Paired:
+    """The interval of ours − theirs, pair by pair: one pair a seed."""
+    from scipy import stats
+
+    differences = np.subtract(ours, theirs)
+    number = len(differences)
+    if number < 2:
+        return Paired(float(differences.mean()) if number else math.nan, math.nan, number)
+    width = stats.t.ppf((1 + level) / 2, number - 1) * differences.std(ddof=1) / math.sqrt(number)
+    return Paired(float(differences.mean()), float(width), number)

@@ -24,7 +24,7 @@ from privfed.privacy.events import NoiseSite
 from privfed.privacy.releases import Standardisation
 
 from . import figures, wire
-from .cohort import Cohort, cohort_of
+from .cohort import Cohort, cohort_of, held_out
 from .config import Config, SideNoise
 from .engines.local import Engine
 from .errors import ConfigError
@@ -64,6 +64,7 @@ class RoundReport:
         bytes_up: aggregation bytes each contributing site sent, mean.
         measurements: what the sites measured on the new model; empty when this round was not evaluated.
         released: what all sites' noised counts say of the new model; None where they are not released.
+        unseen: what the held-out sites measured.
         words: what the sites signed about their ledgers, by name; see seals.py.
         seconds: wall clock.
         noise_multiplier: σ/C of its updates; 0 without a claim.
@@ -80,6 +81,7 @@ class RoundReport:
     seconds: float
     noise_multiplier: float = 0.0
     released: Released | None = None
+    unseen: Mapping[str, wire.Measurement] = field(default_factory=dict)
     words: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
 
     def figures(self, name: str) -> Spread | None:
@@ -160,7 +162,10 @@ class Federation:
             raise ConfigError(f"aggregation.key_holder: {error}") from None
         # A key holder that is no site is in the roster, but in no cohort.
         alone = self._key_holder if config.aggregation.key_holder is None else None
-        self._sites = [index for index in self._names if index != alone]
+        everyone = {index: name for index, name in self._names.items() if index != alone}
+        unseen = held_out(config, list(everyone.values()))
+        self._sites = [index for index, name in everyone.items() if name not in unseen]
+        self._unseen = [index for index, name in everyone.items() if name in unseen]
         self._features = schema.features if schema else 1
         self._sent = sent(config, self._features, len(state["theta"]))
         checked_encoding(config, cohort_of(config, len(self._sites)), int(self._sent.sum()), noise_multiplier)
@@ -239,12 +244,15 @@ class Federation:
         self.next_round = number + 1
         last = self.next_round == self.config.rounds
         measurements: dict[str, wire.Measurement] = {}
+        unseen: dict[str, wire.Measurement] = {}
         released: Released | None = None
         # A method that sends nothing trains where it evaluates: every round is one.
         active = tuple(index for index in active if self._names[index] not in self.retired)
         if last or not self.config.method.sends or self.next_round % self.config.evaluation.every == 0:
             released = self._figures(plan, tally) if result is not None else None
             measurements = self._evaluate(plan, active, tally)
+            if self._unseen:
+                unseen = self._evaluate(plan, tuple(self._unseen), _Tally())  # their refusals are no one's retirement
         contributors = result.contributors if result else ()
         names = tuple(self._names[index] for index in contributors)
         return RoundReport(
@@ -263,6 +271,7 @@ class Federation:
             measurements={name: replace(measured, seal=b"") for name, measured in measurements.items()},
             words={name: measured.seal for name, measured in measurements.items() if measured.seal},
             released=released,
+            unseen={name: replace(measured, seal=b"") for name, measured in unseen.items()},
             seconds=self._clock() - started,
         )
 

@@ -41,10 +41,11 @@ from privfed.privacy.selftest import SelfTest, SelfTestFailed
 from privfed.privacy.shared import CountSum
 
 from . import evaluation, figures, parameters, wire
+from .cohort import held_out
 from .config import Config, Policy, SideNoise
 from .contribution import Contribution, contribute
 from .data.records import SiteData
-from .doors import Network, Split, check_units, local_door, split
+from .doors import Network, Split, check_units, few, local_door, split
 from .errors import LedgerKeyError, PrivfedError
 from .methods import Local, State
 from .models import classification_loss
@@ -485,15 +486,18 @@ class Site:
         )
 
     def _evaluate(self, message: wire.Evaluate) -> wire.Measurement:
-        plan, state = self._accept(message.plan, message.state)
+        plan, state = self._accept(message.plan, message.state, measuring=True)
+        unseen = self._held_out(plan.config)
         if self._measured is not None and self._measured[0] == plan.run and plan.round <= self._measured[1]:
             # Exact figures on models of someone's choice would be an oracle for single records: one answer a round.
             raise wire.WireError(f"{self.name} has measured round {plan.round} already")
-        if plan.config.method.sends and self._begun != (plan.run, plan.round):
+        if plan.config.method.sends and not unseen and self._begun != (plan.run, plan.round):
             raise wire.WireError(f"{self.name} measures the rounds that it took part in; it did not begin {plan.round}")
         self._measured = (plan.run, plan.round)
         self._current = None
         config, records = plan.config, self._records(plan.config, state)
+        if unseen and config.evaluation.unseen_records is not None:
+            records = few(config, records, config.evaluation.unseen_records, self._split_key)
         model = build_model(config, self._schema)
         _, private = self._states(config)
         door = local_door(config, self._schema, records, oracle=self._oracle)
@@ -551,7 +555,18 @@ class Site:
 
     # What a plan may ask for
 
-    def _accept(self, plan_bytes: bytes, state_bytes: bytes) -> tuple[wire.RoundPlan, State]:
+    def _held_out(self, config: Config) -> bool:
+        """Whether the configuration holds this site out of training."""
+        sites = [member.name for index, member in enumerate(self._roster.members) if index != self._aside(config)]
+        return self.name in held_out(config, sites)
+
+    def _aside(self, config: Config) -> int | None:
+        """The roster index of a key holder that is no site."""
+        return key_holder_of(config, self._roster) if config.aggregation.key_holder is None else None
+
+    def _accept(
+        self, plan_bytes: bytes, state_bytes: bytes, *, measuring: bool = False
+    ) -> tuple[wire.RoundPlan, State]:
         """The plan and the model, if this site takes part in them at all."""
         plan = wire.decode_plan(plan_bytes)
         check_policy(plan, self._policy, insecure=self._insecure)
@@ -560,7 +575,10 @@ class Site:
             raise PolicyRefusal(
                 f"the plan is for roster version {plan.roster_version}, this site has accepted {self._roster.version}"
             )
-        if self._index not in plan.cohort:
+        if self._held_out(plan.config):
+            if not measuring:
+                raise wire.WireError(f"{self.name} is held out of the training of this run")
+        elif self._index not in plan.cohort:
             raise wire.WireError(f"{self.name} is not in the plan's cohort")
         size = parameter_count(plan.config, self._schema)
         if size > self._policy.max_parameters:

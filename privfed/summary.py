@@ -67,6 +67,18 @@ class FigureSummary(msgspec.Struct, frozen=True):
     mean: float | None
     worst_decile: float | None
     sd: float | None
+    weighted_mean: float | None = None
+
+
+class UnseenSummary(msgspec.Struct, frozen=True, rename={"global_": "global"}):
+    """Figures of the sites that took no part in training, after adapting the final model to themselves."""
+
+    sites: int
+    global_: FigureSummary
+    personalized: FigureSummary
+    local_only: FigureSummary
+    fraction_hurt: float | None
+    fraction_hurt_versus_global: float | None
 
 
 class UtilitySummary(msgspec.Struct, frozen=True, rename={"global_": "global"}):
@@ -84,6 +96,7 @@ class UtilitySummary(msgspec.Struct, frozen=True, rename={"global_": "global"}):
     fraction_hurt_versus_global: float | None
     status: str = "internal, not DP"
     noise_deviation: float | None = None
+    unseen: UnseenSummary | None = None
 
 
 class AggregationSummary(msgspec.Struct, frozen=True):
@@ -151,19 +164,25 @@ def summarize(
     summed = [report for report in reports if report.contributed]
     sends = config.method.sends
 
-    def figure(name: str) -> FigureSummary:
-        values: Spread | None = spread([getattr(measured, name) for measured in latest.values()])
-        return FigureSummary(values.mean, values.worst_decile, values.sd) if values else FigureSummary(None, None, None)
+    unseen: dict[str, wire.Measurement] = {}
+    for report in reports:
+        unseen.update(report.unseen)
+
+    def figure(name: str, measurements: Mapping[str, wire.Measurement] = latest) -> FigureSummary:
+        measured = measurements.values()
+        values: Spread | None = spread([getattr(one, name) for one in measured], [one.records for one in measured])
+        if values is None:
+            return FigureSummary(None, None, None)
+        return FigureSummary(values.mean, values.worst_decile, values.sd, values.weighted_mean)
 
     released = next((report.released for report in reversed(reports) if report.released is not None), None)
     global_figure = figure("global_score")
     if config.evaluation.release == "private":
         global_figure = FigureSummary(released.score if released else None, None, None)
 
-    def hurt(versus: str) -> float | None:
-        return fraction_hurt(
-            {site: m.personalized for site, m in latest.items()}, {s: getattr(m, versus) for s, m in latest.items()}
-        )
+    def hurt(versus: str, measurements: Mapping[str, wire.Measurement] = latest) -> float | None:
+        ours = {site: measured.personalized for site, measured in measurements.items()}
+        return fraction_hurt(ours, {site: getattr(measured, versus) for site, measured in measurements.items()})
 
     return Summary(
         run=run,
@@ -202,6 +221,16 @@ def summarize(
             fraction_hurt_versus_global=hurt("global_score"),
             status=STATUS[config.evaluation.release],
             noise_deviation=released.deviation if released else None,
+            unseen=UnseenSummary(
+                sites=len(unseen),
+                global_=figure("global_score", unseen),
+                personalized=figure("personalized", unseen),
+                local_only=figure("local_only", unseen),
+                fraction_hurt=hurt("local_only", unseen),
+                fraction_hurt_versus_global=hurt("global_score", unseen),
+            )
+            if unseen
+            else None,
         ),
         aggregation=AggregationSummary(
             kind=config.aggregation.kind if sends else "none",
@@ -263,15 +292,19 @@ def report_of(line: Mapping[str, Any]) -> RoundReport:
             aborted=line["aborted"],
             bytes_up=line["bytes_up_per_site"],
             noise_multiplier=line["noise_multiplier"],
-            measurements={
-                name: msgspec.convert({"type": "measurement", **measured}, wire.Measurement)
-                for name, measured in line["sites"].items()
-            },
+            measurements=_measurements(line["sites"]),
+            unseen=_measurements(line.get("unseen", {})),
             seconds=line["seconds"],
             released=Released(**line["released"]) if line.get("released") else None,
         )
     except (KeyError, TypeError, AttributeError, msgspec.ValidationError) as error:
         raise RunFolderError(f"a line of metrics.jsonl is damaged ({type(error).__name__})") from None
+
+
+def _measurements(lines: Mapping[str, Any]) -> dict[str, wire.Measurement]:
+    return {
+        name: msgspec.convert({"type": "measurement", **measured}, wire.Measurement) for name, measured in lines.items()
+    }
 
 
 def _figures_of(measured: wire.Measurement) -> dict[str, Any]:
@@ -304,6 +337,7 @@ def metrics_line(run: str, report: RoundReport) -> dict[str, Any]:
         "bytes_up_per_site": report.bytes_up,
         "noise_multiplier": report.noise_multiplier,
         "sites": {name: _figures_of(measured) for name, measured in report.measurements.items()},
+        **({"unseen": {name: _figures_of(one) for name, one in report.unseen.items()}} if report.unseen else {}),
         "released": asdict(report.released) if report.released else None,
         "seconds": round(report.seconds, 4),
     }

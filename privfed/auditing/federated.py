@@ -75,7 +75,7 @@ def audit_run(target: Target, *, canaries: int | None, seed: int, progress: Call
     local = config.privacy.noise is NoiseSite.LOCAL
     return one_run.audit(
         _scores_of_a_run(target, config, schema, cast, progress),
-        name=f"one run of {config.rounds} rounds and {len(target.ready.data.sites)} sites",
+        name=f"one run of {config.rounds} rounds and {len(target.ready.training)} sites",
         number=number,
         claimed_epsilon=target.cost(charges),
         delta=config.privacy.delta,
@@ -180,7 +180,7 @@ def _simulated(target: Target, seed: int) -> Config:
 
 def _charges(target: Target, config: Config, schema: Schema, part: str) -> tuple[Charge, ...]:
     """What the simulated run costs a canary, against the server alone and with every site in each sum."""
-    sites = len(target.ready.data.sites)
+    sites = len(target.ready.training)
     size = update_size(config, schema.features, schema_size(schema))
     encoding = encoding_of(config, cohort_of(config, sites), size, target.noise_multiplier)
     planned = planned_charges(config, encoding, target.noise_multiplier, config.rounds)
@@ -198,7 +198,7 @@ def _scores_of_a_run(
     target: Target, config: Config, schema: Schema, cast: _Cast, progress: Callable[[int, int], None]
 ) -> one_run.Run:
     """The simulation, as the audit asks for it."""
-    names = list(target.ready.data.sites)
+    names = list(target.ready.training)
 
     def run(included: NDArray[np.bool_]) -> _Floats:
         nobody = np.zeros(len(included), dtype=bool)

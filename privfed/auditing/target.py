@@ -38,7 +38,7 @@ class Target:
 
     @property
     def cohort(self) -> Cohort:
-        return cohort_of(self.config, len(self.ready.data.sites))
+        return cohort_of(self.config, len(self.ready.training))
 
     @property
     def name(self) -> str:

@@ -166,7 +166,7 @@ def _beside(ready: Preparation) -> list[tuple[str, str]]:
     config, lines = ready.config, []
     evaluation = config.evaluation
     if shares_noise(config):
-        cohort = cohort_of(config, len(ready.data.sites))
+        cohort = cohort_of(config, len(ready.training))
         colluders = claimed_colluders(config, cohort)
         lines.append(
             (
@@ -198,7 +198,7 @@ def _beside(ready: Preparation) -> list[tuple[str, str]]:
 
 
 def _aggregation(ready: Preparation) -> str:
-    config, n = ready.config, len(ready.data.sites)
+    config, n = ready.config, len(ready.training)
     cohort = cohort_of(config, n)
     if config.aggregation.kind == "plain":
         return "plain: the server sees every update"
@@ -247,6 +247,11 @@ def _verdict(summary: Summary) -> str:
     if hurt is not None:
         some = "public sites" if summary.utility.status == STATUS["public-cohort"] else "sites"
         lines.append(f"{hurt:.0%} of {some} have a personalized model worse than their own local-only one")
+    if (unseen := summary.utility.unseen) is not None and unseen.personalized.mean is not None:
+        lines.append(
+            f"{unseen.sites} sites that took no part: {summary.utility.metric} {unseen.personalized.mean:.4f} after "
+            f"adapting the model to themselves, worst decile {unseen.personalized.worst_decile:.4f}"
+        )
     if privacy.epsilon.max is not None:
         void = " VOID: the noise seed is known" if privacy.insecure_seed else ""
         lines.append(
