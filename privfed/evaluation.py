@@ -19,30 +19,13 @@ def outputs_of(model: nn.Module, theta: Tensor, inputs: Tensor) -> Tensor:
     return outputs
 
 
-def score(outputs: Tensor, targets: Tensor, metric: str) -> float | None:
-    """Accuracy or AUROC of outputs float32[n, classes]; None where there is nothing to measure.
-
-    AUROC is of class 1 against the rest; it is undefined on records of one class.
-    """
-    if len(targets) == 0:
-        return None
-    if metric == "accuracy":
-        return float((outputs.argmax(1) == targets).double().mean())
-    positive = (targets == 1).numpy()
-    if positive.all() or not positive.any():
-        return None
-    from sklearn.metrics import roc_auc_score
-
-    return float(roc_auc_score(positive, (outputs[:, 1] - outputs[:, 0]).numpy()))
-
-
 @dataclass(frozen=True)
 class Spread:
     """One figure over the sites, every site counting once.
 
     Attributes:
         mean: unweighted mean over sites.
-        worst_decile: mean of the lowest tenth of the sites (at least one).
+        worst_decile: mean of the worst tenth of the sites (at least one).
         sd: standard deviation over sites.
     """
 
@@ -51,18 +34,22 @@ class Spread:
     sd: float
 
 
-def spread(values: Sequence[float | None]) -> Spread | None:
+def spread(values: Sequence[float | None], *, lower_is_better: bool = False) -> Spread | None:
     """The spread of the sites that have a value; None when none has."""
-    defined = sorted(value for value in values if value is not None and math.isfinite(value))
+    found = (value for value in values if value is not None and math.isfinite(value))
+    defined = sorted(found, reverse=lower_is_better)
     if not defined:
         return None
     worst = defined[: max(1, round(len(defined) / 10))]
     return Spread(mean=float(np.mean(defined)), worst_decile=float(np.mean(worst)), sd=float(np.std(defined)))
 
 
-def fraction_hurt(ours: Mapping[str, float | None], theirs: Mapping[str, float | None]) -> float | None:
-    """Share of sites whose figure is below what they would have had; None when no site has both."""
+def fraction_hurt(
+    ours: Mapping[str, float | None], theirs: Mapping[str, float | None], *, lower_is_better: bool = False
+) -> float | None:
+    """Share of sites whose figure is worse than what they would have had; None when no site has both."""
     pairs = [(mine, theirs[site]) for site, mine in ours.items() if mine is not None and theirs.get(site) is not None]
     if not pairs:
         return None
-    return sum(mine < other for mine, other in pairs if other is not None) / len(pairs)
+    hurt = [(mine > other if lower_is_better else mine < other) for mine, other in pairs if other is not None]
+    return sum(hurt) / len(pairs)

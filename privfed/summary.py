@@ -18,6 +18,7 @@ from .evaluation import Spread, fraction_hurt, spread
 from .federation import RoundReport
 from .figures import Released
 from .selection import best
+from .tasks import LOWER_IS_BETTER
 from .terms import claimed_colluders, shares_noise
 
 
@@ -149,10 +150,12 @@ def summarize(
     largest = max(spent.values(), key=lambda epsilon: epsilon.value)
     refusals = {site: reason for report in reports for site, reason in report.refused.items()} | dict(retired)
     summed = [report for report in reports if report.contributed]
-    sends = config.method.sends
+    sends, lower_is_better = config.method.sends, config.metric in LOWER_IS_BETTER
 
     def figure(name: str) -> FigureSummary:
-        values: Spread | None = spread([getattr(measured, name) for measured in latest.values()])
+        values: Spread | None = spread(
+            [getattr(measured, name) for measured in latest.values()], lower_is_better=lower_is_better
+        )
         return FigureSummary(values.mean, values.worst_decile, values.sd) if values else FigureSummary(None, None, None)
 
     released = next((report.released for report in reversed(reports) if report.released is not None), None)
@@ -162,7 +165,9 @@ def summarize(
 
     def hurt(versus: str) -> float | None:
         return fraction_hurt(
-            {site: m.personalized for site, m in latest.items()}, {s: getattr(m, versus) for s, m in latest.items()}
+            {site: m.personalized for site, m in latest.items()},
+            {site: getattr(m, versus) for site, m in latest.items()},
+            lower_is_better=lower_is_better,
         )
 
     return Summary(
@@ -171,7 +176,7 @@ def summarize(
         rounds_planned=config.rounds,
         complete=(stopped_early or len(reports) == config.rounds) and (not sends or len(summed) > 0),
         stopped_early=stopped_early,
-        kept_round=best(reports) if config.evaluation.keep == "best" else None,
+        kept_round=best(reports, config.metric) if config.evaluation.keep == "best" else None,
         sites=len(spent),
         simulated=simulated,
         seconds=round(seconds, 3),
@@ -194,7 +199,7 @@ def summarize(
             colluders=_colluders(config, reports, len(spent)),
         ),
         utility=UtilitySummary(
-            metric=config.evaluation.metric,
+            metric=config.metric,
             global_=global_figure,
             personalized=figure("personalized"),
             local_only=figure("local_only"),
