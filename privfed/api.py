@@ -99,7 +99,7 @@ def prepare(config: Config, *, facts: RunFacts | None = None) -> Preparation:
     reason = config.method.guarantee(config.privacy.unit, config.privacy.noise)
     if reason is not None:
         raise ConfigError(reason)
-    data = config.data.load(seed=config.seed)
+    data = config.data.load(seed=config.seed, task=config.task)
     for records in data.sites.values() if config.method.sends else ():
         check_units(config, records)
     unseen = held_out(config, list(data.sites))
@@ -241,12 +241,12 @@ def _drive(ready: Preparation, home: RunFolder, observer: Observer | None) -> Ru
                 retired=checkpoint.retired,
             )
             rounds = federation.rounds()
-            while not stalled(reports, config.evaluation.patience):
+            while not stalled(reports, config.metric, config.evaluation.patience):
                 report = next(rounds, None)
                 if report is None:
                     break
                 reports.append(report)
-                if config.evaluation.keep == "best" and best(reports) == report.round:
+                if config.evaluation.keep == "best" and best(reports, config.metric) == report.round:
                     kept = {name: tensor.clone() for name, tensor in federation.state.items()}
                 consortium.witness.round(facts.run, report.round, report.words)
                 home.add_metrics(metrics_line(facts.run, report))
@@ -298,7 +298,7 @@ def _summarised(
         noise_multiplier=ready.noise_multiplier,
         reports=reports,
         retired=federation.retired,
-        stopped_early=stalled(reports, config.evaluation.patience) and len(reports) < config.rounds,
+        stopped_early=stalled(reports, config.metric, config.evaluation.patience) and len(reports) < config.rounds,
         exposed=[site.exposures(deployment, delta, colluders) for site in sites.values() if config.method.sends],
         seconds=seconds,
     )

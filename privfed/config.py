@@ -16,6 +16,7 @@ from .data.sources import BreastCancer
 from .data.tables import Table
 from .methods import Method, Reptile
 from .methods.server import Plain, Server
+from .tasks import Classification, Cox, Rating, Regression, Survival
 
 
 class Section(msgspec.Struct, frozen=True):
@@ -157,7 +158,13 @@ class Aggregation(Section, frozen=True, forbid_unknown_fields=True, kw_only=True
 class Evaluation(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """[evaluation]"""
 
-    metric: Annotated[str, Meta(pattern="^(accuracy|auroc)$", description='"accuracy" or "auroc"')] = "accuracy"
+    metric: Annotated[
+        Annotated[str, Meta(pattern="^(accuracy|auroc|auprc|ece|mae|rmse|c-index)$")] | None,
+        Meta(
+            description="accuracy, auroc, auprc or ece of classes; mae or rmse of numbers; c-index of times; default: "
+            "the first of its task"
+        ),
+    ] = None
     release: Annotated[
         str,
         Meta(
@@ -266,6 +273,7 @@ class Policy(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 Data = BreastCancer | Table
+Target = Classification | Regression | Rating | Survival | Cox
 
 
 class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -279,6 +287,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         int, Meta(ge=0, le=2**63 - 1, description="public seed: start model, simulated partition, train/test split")
     ] = 0
     data: Data = msgspec.field(default_factory=BreastCancer)
+    task: Target = msgspec.field(default_factory=Classification)
     model: Model = msgspec.field(default_factory=Model)
     method: Method = msgspec.field(default_factory=Reptile)
     server: Server = msgspec.field(default_factory=Plain)
@@ -287,3 +296,23 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     evaluation: Evaluation = msgspec.field(default_factory=Evaluation)
     simulation: Simulation = msgspec.field(default_factory=Simulation)
     policy: Policy = msgspec.field(default_factory=Policy)
+
+    @property
+    def metric(self) -> str:
+        """The figure of merit: the configured one, or the first of the task."""
+        return self.evaluation.metric or self.task.metrics[0]
+
+    def __post_init__(self) -> None:
+        name = str(type(self.task).__struct_config__.tag)
+        if (misfit := self.task.misfit(len(self.data.classes))) is not None:
+            raise ValueError(f"task.name = {name!r}: {misfit}")
+        if known := {column.name for column in self.data.columns} & set(self.task.columns):
+            raise ValueError(f"column {min(known)!r} can not be an input: task {name!r} predicts it")
+        if self.metric not in self.task.metrics:
+            raise ValueError(f"evaluation.metric = {self.metric!r}: task {name!r} has {', '.join(self.task.metrics)}")
+        if self.task.coupled and self.method.sends and self.privacy.unit in (PrivacyUnit.RECORD, PrivacyUnit.PATIENT):
+            raise ValueError(
+                f"task.name = {name!r} with privacy.unit = {self.privacy.unit.value!r} has no guarantee: each record "
+                "moves the loss of others, so that clipping its gradient bounds nothing. Use task.name = 'survival', "
+                "or privacy.unit = 'client' or 'none'"
+            )

@@ -129,7 +129,7 @@ def _with_default_tags(table: dict[str, Any]) -> dict[str, Any]:
     """A section that does not say which source or method it is for means the default one."""
     defaults = Config()
     filled = dict(table)
-    for name in ("data", "method", "server"):
+    for name in ("data", "task", "method", "server"):
         settings = type(getattr(defaults, name)).__struct_config__
         if isinstance(table.get(name), dict):
             filled[name] = {settings.tag_field: settings.tag, **table[name]}
@@ -206,6 +206,8 @@ def _explain(message: str, table: dict[str, Any]) -> str:
     """msgspec's message with the value, the choices and the key's own sentence."""
     reason, _, where = message.partition(" - at `$")
     path = re.findall(r"[A-Za-z0-9_]+|\[\d+\]", where)
+    if not path:
+        return reason  # about several keys, which it names
     value: Any = table
     hint: Any = Config
     for step in path:

@@ -20,7 +20,6 @@ from privfed.privacy.units import Patients
 from .config import Config
 from .data.records import SiteData, keyed_fraction
 from .errors import ConfigError
-from .models import classification_loss
 from .terms import Schema, build_model, split_id, whole_group
 
 Network = tuple[nn.Module, Loss]
@@ -121,7 +120,7 @@ def private_door(
     )
     if oracle is not None and network is None and privacy.unit is not PrivacyUnit.PATIENT:
         return AskingDoor(oracle, records=_records(config, records), settings=settings, randomness=drawn)
-    model, loss = network or (build_model(config, schema), classification_loss)
+    model, loss = network or (build_model(config, schema), config.task.loss)
     if privacy.unit is not PrivacyUnit.PATIENT:
         return OpacusDoor(
             model=model,
@@ -185,7 +184,7 @@ def _plain_door(
         return AskingPlainDoor(oracle, records=held, sample_rate=sample_rate, randomness=randomness)
     return PlainDoor(
         model=build_model(config, schema),
-        loss=classification_loss,
+        loss=config.task.loss,
         records=held,
         sample_rate=sample_rate,
         randomness=randomness,

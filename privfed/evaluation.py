@@ -19,34 +19,13 @@ def outputs_of(model: nn.Module, theta: Tensor, inputs: Tensor) -> Tensor:
     return outputs
 
 
-def score(outputs: Tensor, targets: Tensor, metric: str) -> float | None:
-    """Accuracy or AUROC of outputs float32[n, classes]; None where there is nothing to measure.
-
-    AUROC is of class 1 against the rest; it is undefined on records of one class.
-    """
-    if len(targets) == 0:
-        return None
-    if metric == "accuracy":
-        return float((outputs.argmax(1) == targets).double().mean())
-    positive = (targets == 1).numpy()
-    if positive.all() or not positive.any():
-        return None
-    from scipy.stats import rankdata
-
-    # Mann and Whitney 1947: the share of pairs in which the positive one ranks higher, ties counting half
-    ranks = rankdata((outputs[:, 1] - outputs[:, 0]).numpy())
-    ones, zeros = int(positive.sum()), int((~positive).sum())
-    area = float(ranks[positive].sum() - ones * (ones + 1) / 2) / (ones * zeros)
-    return area if math.isfinite(area) else None
-
-
 @dataclass(frozen=True)
 class Spread:
     """One figure over the sites, every site counting once.
 
     Attributes:
         mean: unweighted mean over sites.
-        worst_decile: mean of the lowest tenth of the sites (at least one).
+        worst_decile: mean of the worst tenth of the sites (at least one).
         sd: standard deviation over sites.
         weighted_mean: mean with the sites' weights; the unweighted one where none are given.
     """
@@ -57,17 +36,23 @@ class Spread:
     weighted_mean: float
 
 
-def spread(values: Sequence[float | None], weights: Sequence[float] | None = None) -> Spread | None:
+def spread(
+    values: Sequence[float | None], weights: Sequence[float] | None = None, *, lower_is_better: bool = False
+) -> Spread | None:
     """The spread of the sites that have a value; None when none has.
 
     Args:
         weights: of each site, for the weighted mean alone; numbers of test records.
+        lower_is_better: the worst sites are those with the largest values.
     """
     given = [1.0] * len(values) if weights is None else weights
     pairs = sorted(
-        (value, weight)
-        for value, weight in zip(values, given, strict=True)
-        if value is not None and math.isfinite(value)
+        (
+            (value, weight)
+            for value, weight in zip(values, given, strict=True)
+            if value is not None and math.isfinite(value)
+        ),
+        reverse=lower_is_better,
     )
     if not pairs:
         return None
@@ -78,12 +63,15 @@ def spread(values: Sequence[float | None], weights: Sequence[float] | None = Non
     return Spread(mean, float(np.mean(worst)), float(np.std(defined)), weighted)
 
 
-def fraction_hurt(ours: Mapping[str, float | None], theirs: Mapping[str, float | None]) -> float | None:
-    """Share of sites whose figure is below what they would have had; None when no site has both."""
+def fraction_hurt(
+    ours: Mapping[str, float | None], theirs: Mapping[str, float | None], *, lower_is_better: bool = False
+) -> float | None:
+    """Share of sites whose figure is worse than what they would have had; None when no site has both."""
     pairs = [(mine, theirs[site]) for site, mine in ours.items() if mine is not None and theirs.get(site) is not None]
     if not pairs:
         return None
-    return sum(mine < other for mine, other in pairs if other is not None) / len(pairs)
+    hurt = [(mine > other if lower_is_better else mine < other) for mine, other in pairs if other is not None]
+    return sum(hurt) / len(pairs)
 
 
 @dataclass(frozen=True)

@@ -94,10 +94,11 @@ class RoundReport:
         spent = [m.epsilon for m in self.measurements.values() if m.epsilon is not None]
         return max(spent, default=None)
 
-    def hurt(self, versus: str) -> float | None:
-        """Share of sites whose personalised figure is below their ``local_only`` or ``global_score``."""
+    def hurt(self, versus: str, *, lower_is_better: bool = False) -> float | None:
+        """Share of sites whose personalised figure is worse than their ``local_only`` or ``global_score``."""
         ours = {site: measured.personalized for site, measured in self.measurements.items()}
-        return fraction_hurt(ours, {site: getattr(m, versus) for site, m in self.measurements.items()})
+        theirs = {site: getattr(measured, versus) for site, measured in self.measurements.items()}
+        return fraction_hurt(ours, theirs, lower_is_better=lower_is_better)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from privfed.privacy.units import Patients
 
 from .config import Config
 from .data.records import SiteData
+from .tasks.classification import positive_log_odds
 from .terms import BINS, CLIENT_STEPS
 
 _WIDEST = 6.0  # log-odds; beyond are the outermost bins
@@ -38,13 +39,13 @@ def counted(config: Config, test: SiteData, outputs: Tensor) -> NDArray[np.int64
         assert test.patients is not None  # `doors.check_units`
         rows = Patients.of(test.patients.tolist()).at_most(1, rows)  # one record speaks for its patient
     outputs, targets = outputs[rows], test.targets[rows]
-    if config.evaluation.metric == "accuracy":
+    if config.metric == "accuracy":
         right = int((outputs.argmax(1) == targets).sum())
         if config.privacy.unit is PrivacyUnit.CLIENT:
             return np.array([CLIENT_STEPS, round(CLIENT_STEPS * right / len(rows))] if len(rows) else [0, 0])
         return np.array([len(rows), right])
     # Total: were there outputs that could not be counted, a refusal would tell of their records without noise
-    odds = (outputs[:, 1] - outputs[:, 0]).double().nan_to_num(nan=0.0).clamp(-_WIDEST, _WIDEST)
+    odds = positive_log_odds(outputs).double().nan_to_num(nan=0.0).clamp(-_WIDEST, _WIDEST)
     cell = ((odds + _WIDEST) / (2 * _WIDEST) * (BINS - 1)).round().long() + BINS * (targets == 1)
     return torch.bincount(cell, minlength=2 * BINS).numpy()
 
@@ -62,7 +63,7 @@ def read(config: Config, total: NDArray[np.int64], variance: int) -> Released:
 
 
 def _score(config: Config, total: NDArray[np.int64] | NDArray[np.float64]) -> float | None:
-    if config.evaluation.metric == "accuracy":
+    if config.metric == "accuracy":
         return float(total[1] / total[0]) if total[0] >= 1 else None
     # As they are: of 64 cells of noise, those below zero balance those above; cut off, they draw AUROC to a half
     counts = total.astype(np.float64)

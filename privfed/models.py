@@ -6,7 +6,6 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 Part = Literal["head", "body", "norm"]
 """The last layer; what normalises; all the rest."""
@@ -37,11 +36,6 @@ def mlp(inputs: int, hidden: tuple[int, ...], outputs: int, *, seed: int, norm: 
         for parameter in layers[0].parameters():
             nn.init.zeros_(parameter)
     return nn.Sequential(*layers)
-
-
-def classification_loss(outputs: Tensor, targets: Tensor) -> Tensor:
-    """float32[B]: the cross-entropy of each record."""
-    return functional.cross_entropy(outputs, targets, reduction="none")
 
 
 def layout(inputs: int, hidden: tuple[int, ...], parameters: int, *, norm: bool = False) -> Layout:

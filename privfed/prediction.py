@@ -4,10 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 
 from . import config_io, folder
 from .data.columns import encode, unknown_values
@@ -15,8 +13,8 @@ from .data.files import first_line, read_frame
 from .errors import ConfigError
 from .evaluation import outputs_of
 from .folder import RunFolder
-from .models import mlp
 from .parameters import to_vector
+from .terms import Schema, build_model
 
 _MAXIMUM_ROWS = 2_000_000
 
@@ -26,7 +24,8 @@ class Predictions:
     """What the model says of each record.
 
     Attributes:
-        table: row (from 1), prediction (class name), then one probability a class.
+        table: row (from 1), prediction, then what else its task tells: one probability a class, chances to live beyond
+            each interval.
         notes: what a user should know: values that the model has never been told about.
     """
 
@@ -51,7 +50,7 @@ def predict(run: Path | str, file: Path | str, *, site: str | None = None) -> Pr
     config = config_io.load_config(home.path / folder.CONFIG)
     tensors, facts = home.load_tensors(folder.MODEL)
     inputs, classes = json.loads(facts["inputs"]), json.loads(facts["classes"])
-    model = mlp(len(inputs), config.model.hidden, len(classes), seed=config.seed, norm=config.model.norm == "group")
+    model = build_model(config, Schema(features=len(inputs), classes=len(classes)))
     model.load_state_dict(tensors)  # of the run's configuration: both carry a digest
     theta = to_vector(model)
     if site is not None:
@@ -68,8 +67,6 @@ def predict(run: Path | str, file: Path | str, *, site: str | None = None) -> Pr
     frame = read_frame(str(file), names, header=header, separator=data.separator, maximum_rows=_MAXIMUM_ROWS)
     missing = frozenset(data.missing_values)
     rows = torch.from_numpy(encode(frame, columns, missing=missing, decimal=data.decimal))
-    probabilities: NDArray[np.float32] = torch.softmax(outputs_of(model, theta, rows), dim=1).numpy()
-    table = pd.DataFrame({"row": frame.index, "prediction": np.array(classes)[probabilities.argmax(1)]})
-    for number, name in enumerate(classes):
-        table[f"p({name})"] = probabilities[:, number].round(6)
+    said = config.task.predictions(outputs_of(model, theta, rows), classes)
+    table = pd.DataFrame({"row": frame.index, **said})
     return Predictions(table, unknown_values(frame, columns, missing=missing, decimal=config.data.decimal))

@@ -11,6 +11,7 @@ from privfed.privacy.events import PrivacyUnit
 from .config import Config
 from .errors import ConfigError
 from .federation import RoundReport
+from .tasks import LOWER_IS_BETTER
 
 
 def check_selection(config: Config) -> None:
@@ -41,15 +42,21 @@ def figure(report: RoundReport) -> float | None:
     return spread.mean if spread else None
 
 
-def best(reports: Sequence[RoundReport]) -> int | None:
-    """The number of the round with the highest figure, the first of equals."""
-    scored = [(value, -report.round) for report in reports if (value := figure(report)) is not None]
+def _goodness(report: RoundReport, metric: str) -> float | None:
+    """The figure, so that more is better."""
+    value = figure(report)
+    return -value if value is not None and metric in LOWER_IS_BETTER else value
+
+
+def best(reports: Sequence[RoundReport], metric: str) -> int | None:
+    """The number of the round with the best figure, the first of equals."""
+    scored = [(value, -report.round) for report in reports if (value := _goodness(report, metric)) is not None]
     return -max(scored)[1] if scored else None
 
 
-def stalled(reports: Sequence[RoundReport], patience: int | None) -> bool:
+def stalled(reports: Sequence[RoundReport], metric: str, patience: int | None) -> bool:
     """Whether the last ``patience`` figures brought nothing better than what was there before them."""
-    values = [value for report in reports if (value := figure(report)) is not None]
+    values = [value for report in reports if (value := _goodness(report, metric)) is not None]
     if patience is None or len(values) <= patience:
         return False
     return max(values[-patience:]) <= max(values[:-patience])

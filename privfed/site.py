@@ -48,7 +48,6 @@ from .data.records import SiteData
 from .doors import Network, Split, check_units, few, local_door, split
 from .errors import LedgerKeyError, PrivfedError
 from .methods import Local, State
-from .models import classification_loss
 from .policy import PolicyRefusal, check_policy
 from .schedule import keeps_pace
 from .seals import seal
@@ -513,14 +512,14 @@ class Site:
             return evaluation.outputs_of(model, theta, records.test.inputs)
 
         def figure(theta: Tensor) -> float | None:
-            return evaluation.score(outputs(theta), records.test.targets, config.evaluation.metric)
+            return config.task.score(outputs(theta), records.test.targets, config.metric)
 
         spent = self.spent(config.privacy.delta)
         epsilon = None if config.privacy.unit is PrivacyUnit.NONE else spent.value
         word = self._seal(plan, spent)
         if not self._policy.release_figures or not self._shows_figures(config):
             return wire.Measurement(0, None, None, None, None, epsilon, word)
-        loss = classification_loss(outputs(state["theta"]), records.test.targets)
+        loss = config.task.loss(outputs(state["theta"]), records.test.targets)
         return wire.Measurement(
             records=len(records.test),
             loss=float(loss.mean()) if len(loss) else None,

@@ -18,6 +18,7 @@ from .evaluation import Spread, fraction_hurt, spread
 from .federation import RoundReport
 from .figures import Released
 from .selection import best
+from .tasks import LOWER_IS_BETTER
 from .terms import claimed_colluders, shares_noise
 
 
@@ -162,7 +163,7 @@ def summarize(
     largest = max(spent.values(), key=lambda epsilon: epsilon.value)
     refusals = {site: reason for report in reports for site, reason in report.refused.items()} | dict(retired)
     summed = [report for report in reports if report.contributed]
-    sends = config.method.sends
+    sends, lower_is_better = config.method.sends, config.metric in LOWER_IS_BETTER
 
     unseen: dict[str, wire.Measurement] = {}
     for report in reports:
@@ -170,7 +171,11 @@ def summarize(
 
     def figure(name: str, measurements: Mapping[str, wire.Measurement] = latest) -> FigureSummary:
         measured = measurements.values()
-        values: Spread | None = spread([getattr(one, name) for one in measured], [one.records for one in measured])
+        values: Spread | None = spread(
+            [getattr(one, name) for one in measured],
+            [one.records for one in measured],
+            lower_is_better=lower_is_better,
+        )
         if values is None:
             return FigureSummary(None, None, None)
         return FigureSummary(values.mean, values.worst_decile, values.sd, values.weighted_mean)
@@ -182,7 +187,8 @@ def summarize(
 
     def hurt(versus: str, measurements: Mapping[str, wire.Measurement] = latest) -> float | None:
         ours = {site: measured.personalized for site, measured in measurements.items()}
-        return fraction_hurt(ours, {site: getattr(measured, versus) for site, measured in measurements.items()})
+        theirs = {site: getattr(measured, versus) for site, measured in measurements.items()}
+        return fraction_hurt(ours, theirs, lower_is_better=lower_is_better)
 
     return Summary(
         run=run,
@@ -190,7 +196,7 @@ def summarize(
         rounds_planned=config.rounds,
         complete=(stopped_early or len(reports) == config.rounds) and (not sends or len(summed) > 0),
         stopped_early=stopped_early,
-        kept_round=best(reports) if config.evaluation.keep == "best" else None,
+        kept_round=best(reports, config.metric) if config.evaluation.keep == "best" else None,
         sites=len(spent),
         simulated=simulated,
         seconds=round(seconds, 3),
@@ -213,7 +219,7 @@ def summarize(
             colluders=_colluders(config, reports, len(spent)),
         ),
         utility=UtilitySummary(
-            metric=config.evaluation.metric,
+            metric=config.metric,
             global_=global_figure,
             personalized=figure("personalized"),
             local_only=figure("local_only"),

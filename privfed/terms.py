@@ -43,7 +43,7 @@ class Schema:
 
     Args:
         features: the model's inputs.
-        classes: what it tells apart.
+        classes: what it tells apart; 0 where the task has none.
         ranges: [low, high] of each input; empty where nobody needs them.
     """
 
@@ -54,14 +54,13 @@ class Schema:
 
 def build_model(config: Config, schema: Schema) -> nn.Module:
     """The run's network at its public start parameters."""
-    return mlp(
-        schema.features, config.model.hidden, schema.classes, seed=config.seed, norm=config.model.norm == "group"
-    )
+    outputs, norm = config.task.outputs(schema.classes), config.model.norm == "group"
+    return mlp(schema.features, config.model.hidden, outputs, seed=config.seed, norm=norm)
 
 
 def parameter_count(config: Config, schema: Schema) -> int:
     """How many parameters the run's network has, without building it."""
-    widths = [schema.features, *config.model.hidden, schema.classes]
+    widths = [schema.features, *config.model.hidden, config.task.outputs(schema.classes)]
     scales = 2 * sum(config.model.hidden) if config.model.norm == "group" else 0
     return sum((above + 1) * below for above, below in itertools.pairwise(widths)) + scales
 
@@ -381,7 +380,7 @@ def counts_of(config: Config) -> Counts | None:
     """
     if config.evaluation.release != "private":
         return None
-    unit, metric = config.privacy.unit, config.evaluation.metric
+    unit, metric = config.privacy.unit, config.metric
     if unit is PrivacyUnit.NONE:
         raise NoGuarantee(
             "evaluation.release = 'private' promises what privacy.unit = 'none' does not: use release = 'internal'"
@@ -390,6 +389,11 @@ def counts_of(config: Config) -> Counts | None:
         raise NoGuarantee(
             "evaluation.release = 'private' shares its noise in a secure sum: use aggregation.kind = 'masked' or "
             "'homomorphic', and a method that sends"
+        )
+    if metric not in ("accuracy", "auroc"):
+        raise NoGuarantee(
+            f"evaluation.release = 'private' counts records, and {metric} is no such count: of a class set "
+            "evaluation.metric = 'accuracy' or 'auroc', of another task release = 'internal' or 'public-cohort'"
         )
     if unit is not PrivacyUnit.CLIENT:
         return Counts(cells=2, cells_per_unit=2) if metric == "accuracy" else Counts(cells=2 * BINS, cells_per_unit=1)
@@ -443,7 +447,8 @@ def split_id(config: Config) -> str:
     Parts compose in parallel under one name only. So the name changes with whatever could move a record to another
     part: the seed, how records get their ids, where the parts' borders are.
     """
-    terms = (config.seed, config.data, config.evaluation.test_fraction, sorted(config.method.parts.items()))
+    read = (config.data, config.task.columns)
+    terms = (config.seed, read, config.evaluation.test_fraction, sorted(config.method.parts.items()))
     return f"hash-{hashlib.sha256(msgspec.msgpack.encode(terms)).hexdigest()[:12]}"
 
 

@@ -92,7 +92,8 @@ class OpacusDoor(NoisedDoor):
         vector_to_parameters(0.1 * torch.randn(self._size, generator=probe, dtype=torch.float64), self._parameters)
         # Without clipping: a coupling that only rescales gradients does not show where all of them are cut to norm C.
         limit, self._optimizer.max_grad_norm = self._optimizer.max_grad_norm, math.inf
-        coupled = any(self._coupled(pair, self._records.targets.new_tensor(labels)) for labels in ([0, 1], [0, 0]))
+        targets = [self._records.targets.new_tensor(labels) for labels in self._probes()]
+        coupled = any(self._coupled(pair, both) for both in targets)
         self._optimizer.max_grad_norm = limit
         vector_to_parameters(before, self._parameters)
         if coupled:
@@ -101,6 +102,10 @@ class OpacusDoor(NoisedDoor):
                 "use a loss that is a sum over records and layers without batch statistics (GroupNorm, LayerNorm), "
                 "or privacy.unit = 'client' or 'none'"
             )
+
+    def _probes(self) -> list[list[int]]:
+        """Targets of two synthetic records: equal and different classes; of a number, also an order that matters."""
+        return [[0, 1], [0, 0], *([[2, 1], [1, 2]] if self._records.targets.is_floating_point() else [])]
 
     def _coupled(self, pair: Tensor, targets: Tensor) -> bool:
         """Whether either record of the pair changes the loss or the gradient of the other."""

@@ -167,7 +167,8 @@ def _booked(target: Target, encoding: Update) -> None:
     config, schema = target.config, target.ready.schema
     random = np.random.default_rng(0)
     inputs = torch.from_numpy(random.normal(size=(8, schema.features))).float()
-    targets = torch.from_numpy(random.integers(0, schema.classes, 8))
+    classes = schema.classes
+    targets = torch.from_numpy(random.integers(0, classes, 8)) if classes else torch.ones(8)
     ids = np.arange(8, dtype=np.uint64)
     records = doors.split(config, SiteData(ids, inputs, targets, ids), bytes(32))
     state: State = config.method.init_server(to_vector(build_model(config, schema)))

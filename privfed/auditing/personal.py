@@ -15,7 +15,6 @@ from ..doors import Split
 from ..errors import ConfigError, RunFolderError
 from ..evaluation import outputs_of
 from ..methods import State
-from ..models import classification_loss
 from ..standardisation import DEVIATION, MEAN
 from ..terms import build_model, first_states
 from .target import Target
@@ -171,4 +170,4 @@ def _shadow_losses(target: Target, state: State, pool: SiteData, included: NDArr
 
 def _losses(target: Target, theta: torch.Tensor, records: SiteData) -> _Floats:
     outputs = outputs_of(build_model(target.config, target.ready.schema), theta, records.inputs)
-    return classification_loss(outputs.double(), records.targets).numpy()
+    return target.config.task.loss(outputs.double(), records.targets).numpy()

@@ -63,7 +63,7 @@ class Display:
         if config.privacy.insecure_seed is not None:
             self._console.print("  WARNING      privacy.insecure_seed: anyone can recompute the noise; ε is void")
         self._steps = self._progress.add_task("rounds", total=config.rounds)
-        self._metric = config.evaluation.metric
+        self._metric = config.metric
         self._delta = config.privacy.delta
         self._by_noise = config.evaluation.release == "private"
         self._void = " VOID" if config.privacy.insecure_seed is not None else ""

@@ -137,6 +137,7 @@ KNOWN: tuple[KnownSet, ...] = (
                 "52229b3075c2109a2c144f5584d88cc5ea99022a9a9eaa6d978b2e8e7c6bc501",
             ),
         ),
+        example="examples/parkinsons.toml",
     ),
 )
 

@@ -17,7 +17,7 @@ class SiteData:
     Args:
         ids: uint64[n]: stands for each record in the keyed split, whatever else is in the table.
         inputs: float32[n, F], standardised from public ranges.
-        targets: int64[n], class numbers.
+        targets: int64[n], class numbers; float32[n], what another task makes of the label.
         patients: uint64[n]: stands for the patient of each record; None where the table names none.
     """
 
@@ -60,7 +60,7 @@ class Sites:
     Args:
         sites: name → records.
         inputs: names of the model's inputs.
-        classes: names of the classes; the second one is the positive one.
+        classes: names of the classes; the second one is the positive one. Empty where the task has none.
         simulated: one table was cut into sites that never existed.
         description: one line for the screen.
         ranges: [low, high] of each input, public; empty where none are known.

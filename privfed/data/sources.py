@@ -8,6 +8,8 @@ import pandas as pd
 import torch
 from msgspec import Meta
 
+from privfed.tasks import Task
+
 from .columns import Numeric, encode, input_names, input_ranges
 from .partition import skewed_sites
 from .records import SiteData, Sites
@@ -30,6 +32,10 @@ class BreastCancer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_
         )
 
     @property
+    def classes(self) -> dict[str, tuple[str, ...]]:
+        return {"benign": ("1",), "malignant": ("0",)}
+
+    @property
     def missing_values(self) -> tuple[str, ...]:
         return ("",)
 
@@ -45,8 +51,8 @@ class BreastCancer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_
     def decimal(self) -> str:
         return "."
 
-    def load(self, *, seed: int) -> Sites:
-        """The simulated hospitals of a public ``seed``."""
+    def load(self, *, seed: int, task: Task | None = None) -> Sites:
+        """The simulated hospitals of a public ``seed``; the ``task`` can be but the two classes."""
         from sklearn.datasets import load_breast_cancer
 
         table = load_breast_cancer()
@@ -59,7 +65,7 @@ class BreastCancer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_
             sites={f"hospital-{number + 1}": everyone.rows(site == number) for number in range(self.sites)},
             inputs=input_names(self.columns),
             ranges=input_ranges(self.columns),
-            classes=("benign", "malignant"),
+            classes=tuple(self.classes),
             simulated=True,
             description=f"Wisconsin breast cancer in {self.sites} simulated hospitals",
         )

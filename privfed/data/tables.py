@@ -1,8 +1,8 @@
 """A consortium's own table: CSV or Parquet files, with what is public about them declared in the configuration."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -12,6 +12,8 @@ from msgspec import Meta
 from numpy.typing import NDArray
 
 from privfed.errors import DataError
+from privfed.tasks import Classification, Task
+from privfed.tasks.task import usable
 
 from .columns import (
     Categorical,
@@ -23,6 +25,7 @@ from .columns import (
     input_names,
     input_ranges,
     is_missing,
+    numbers,
     parse,
     rows,
     spellings,
@@ -47,13 +50,20 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     ] = ","
     decimal: Annotated[str, Meta(pattern="^[.,]$", description='what stands before decimals: "." or ","')] = "."
     site: Annotated[str | None, Meta(description="column that names the site of a record")] = None
-    label: Annotated[str, Meta(min_length=1, description="column to predict")]
+    label: Annotated[str, Meta(min_length=1, description="column to predict; for survival the time")]
     classes: Annotated[
         dict[str, tuple[str, ...]],
-        Meta(description="class name = the label's texts that mean it; the second class is the positive one"),
-    ]
+        Meta(
+            description="task classification: class name = the label's texts that mean it; the second class is the "
+            "positive one"
+        ),
+    ] = {}
     other_labels: Annotated[
-        str, Meta(pattern="^(refuse|drop)$", description='records with another label: "refuse" the table, "drop" them')
+        str,
+        Meta(
+            pattern="^(refuse|drop)$",
+            description='records with another label or none: "refuse" the table, "drop" them',
+        ),
     ] = "refuse"
     id: Annotated[
         str | None, Meta(description="column with a unique id a record; default a hash of the columns in use")
@@ -76,7 +86,7 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             raise ValueError("data needs either file (with site) or files")
         if self.file is not None and self.site is None:
             raise ValueError("data.file needs data.site, the column that names the site of a record")
-        if len(self.classes) < 2:
+        if len(self.classes) == 1:
             raise ValueError("data.classes must name at least two classes")
         texts = pd.Series(spellings(tuple(text for values in self.classes.values() for text in values)), dtype=str)
         if texts.duplicated().any() or not all(self.classes.values()):
@@ -96,14 +106,19 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         """The inputs, in the model's order."""
         return (*self.numeric, *self.categorical)
 
-    def load(self, *, seed: int) -> Sites:
+    def load(self, *, seed: int, task: Task | None = None) -> Sites:
         """The sites' records.
+
+        Args:
+            seed: not used: these sites are as they are.
+            task: what is read from the label columns; default the classes.
 
         Raises:
             DataError: names the file, the column and the rows by number, never a value, and what to do.
         """
         files = self.files if self.file is None else {"": self.file}
-        parts = [self._part(site, file) for site, file in files.items()]
+        task = task or Classification()
+        parts = [self._part(site, file, task) for site, file in files.items()]
         notes: list[str] = []
         left_out = sum(part.left_out for part in parts)
         if left_out:
@@ -122,13 +137,14 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             sites[site] = records
             if len(records) == 1:
                 notes.append(f"site {site!r} has one record: nothing can be measured there")
-            elif len(np.unique(records.targets.numpy())) == 1:
+            elif self.classes and len(np.unique(records.targets.numpy())) == 1:
                 notes.append(f"site {site!r} has one class only: AUROC is undefined there")
         if small:
             notes.append(f"{small} sites with fewer than {self.minimum_records} usable records left out")
         if not sites:
             raise DataError(f"no site has {self.minimum_records} usable records: lower data.minimum_records")
-        self._look_at_classes(sites, notes)
+        if self.classes:
+            self._look_at_classes(sites, notes)
         return Sites(
             sites=sites,
             inputs=input_names(self.columns),
@@ -149,30 +165,26 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             )
         notes.extend(f"class {name!r} has no record: the model can not learn it" for name in unseen)
 
-    def _part(self, site: str, file: str) -> "_Part":
+    def _part(self, site: str, file: str, task: Task) -> "_Part":
         """One file's records."""
-        columns = [column.name for column in self.columns] + [self.label]
+        columns = list(dict.fromkeys([*(column.name for column in self.columns), self.label, *task.columns]))
         own = [self.site, self.id, self.patient if self.patient != self.id else None]
         columns += [name for name in own if name is not None and not (name == self.site and site)]
         frame = read_frame(file, columns, header=self.header, separator=self.separator, maximum_rows=self.maximum_rows)
         try:
-            return self._encoded(frame, site)
+            return self._encoded(frame, site, task)
         except DataError as error:
             raise DataError(f"{file}: {error}") from None
 
-    def _encoded(self, frame: pd.DataFrame, site: str) -> "_Part":
+    def _encoded(self, frame: pd.DataFrame, site: str, task: Task) -> "_Part":
         missing = frozenset(self.missing_values)
         where = pd.Series(site, index=frame.index, dtype=str) if site else self._sites_of(frame, missing)
-        targets = np.full(len(frame), -1, dtype=np.int64)
-        labels = canonical(frame[self.label])
-        for number, texts in enumerate(self.classes.values()):
-            targets[labels.isin(canonical(pd.Series(texts, dtype=str))).to_numpy(bool)] = number
-        other = targets < 0
+        targets = task.targets(TableLabels(frame, self.label, self.classes, missing, self.decimal))
+        other = ~usable(targets)
         if other.any() and self.other_labels == "refuse":
-            raise DataError(
-                f"label column {self.label!r}: {rows(frame.index.to_numpy()[other])} are in none of data.classes; list "
-                "their label, or set data.other_labels = 'drop'"
-            )
+            which = rows(frame.index.to_numpy()[other])
+            wrong = f"{which} are in none of data.classes; list their label" if self.classes else f"{which} have none"
+            raise DataError(f"label column {self.label!r}: {wrong}, or set data.other_labels = 'drop'")
         keep, filled = ~other, set()
         for column in self.columns:
             gone = is_missing(frame[column.name], missing)
@@ -234,6 +246,40 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         return own
 
 
+@dataclass(frozen=True)
+class TableLabels:
+    """The label columns of a table of strings; see `Labels`.
+
+    Args:
+        frame: every column a str column.
+        label: name of the label's.
+        names: class name → the texts that mean it.
+        missing: texts that mean "no value".
+        decimal: what stands before the decimals of a number.
+    """
+
+    frame: pd.DataFrame = field(repr=False)
+    label: str
+    names: dict[str, tuple[str, ...]]
+    missing: frozenset[str]
+    decimal: str = "."
+
+    def classes(self) -> NDArray[np.int64]:
+        targets = np.full(len(self.frame), -1, dtype=np.int64)
+        labels = canonical(self.frame[self.label])
+        for number, texts in enumerate(self.names.values()):
+            targets[labels.isin(canonical(pd.Series(texts, dtype=str))).to_numpy(bool)] = number
+        return targets
+
+    def numbers(self) -> NDArray[np.float64]:
+        return numbers(self.frame[self.label], self.missing, self.decimal)
+
+    def among(self, column: str, texts: Sequence[str]) -> NDArray[np.float64]:
+        values = self.frame[column]
+        found = canonical(values).isin(canonical(pd.Series(texts, dtype=str))).to_numpy(bool)
+        return np.where(is_missing(values, self.missing), np.nan, found.astype(np.float64))
+
+
 _SITE = "\0site"
 
 
@@ -245,7 +291,7 @@ class _Part:
     patients: NDArray[np.uint64] | None
     sites: NDArray[np.object_]
     inputs: NDArray[np.float32]
-    targets: NDArray[np.int64]
+    targets: NDArray[Any]
     keep: NDArray[np.bool_]
     filled: set[str]
 

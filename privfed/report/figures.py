@@ -205,8 +205,8 @@ def released_curve(rounds: Sequence[int], figures: Sequence[tuple[float, float |
         return drawing.finish(f"Released {metric} over the rounds", desc)
 
 
-def gain_bars(gains: Sequence[tuple[str, float]], *, metric: str) -> Plot | None:
-    """Personalised minus local-only at every site, from the largest loss to the largest gain."""
+def gain_bars(gains: Sequence[tuple[str, float]], *, metric: str, lower_is_better: bool = False) -> Plot | None:
+    """How much better personalised is than local-only at every site, from the largest loss to the largest gain."""
     if not gains:
         return None
     ordered = sorted(gains, key=lambda gain: (gain[1], gain[0]))
@@ -243,15 +243,16 @@ def gain_bars(gains: Sequence[tuple[str, float]], *, metric: str) -> Plot | None
             axes.text(0.02, 0.95, "better than alone ↑", transform=axes.transAxes, va="top", color=PERSONAL)
             axes.text(0.98, 0.04, "worse than alone ↓", transform=axes.transAxes, ha="right", color=HURT)
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        difference = "Local-only minus personalised" if lower_is_better else "Personalised minus local-only"
         return drawing.finish(
-            f"Personalised minus local-only {metric}, site by site",
+            f"{difference} {metric}, site by site",
             f"{hurt} of {len(ordered)} sites have a personalised model worse than their own local-only one. The "
             f"differences go from {signed(values[0])} to {signed(values[-1])}, median {signed(np.median(values))}.",
         )
 
 
-def score_limits(curves: Sequence[Mapping[str, Sequence[float]]]) -> tuple[float, float]:
-    """One y range for all panels of one metric that lies in [0, 1]."""
+def score_limits(curves: Sequence[Mapping[str, Sequence[float]]], *, highest: float = 1.0) -> tuple[float, float]:
+    """One y range for all panels of one metric that lies in [0, highest]."""
     tables = [table for table in map(_table, curves) if table.size and not np.isnan(table).all()]
     if not tables:
         return 0.0, 1.0
@@ -259,7 +260,7 @@ def score_limits(curves: Sequence[Mapping[str, Sequence[float]]]) -> tuple[float
     low = min(float(np.nanpercentile(table, cut[0])) for table in tables)
     high = max(float(np.nanpercentile(table, cut[1])) for table in tables)
     margin = max(0.06 * (high - low), 0.01)
-    return max(0.0, low - margin), min(1.0, high) + margin
+    return max(0.0, low - margin), min(highest, high) + margin
 
 
 def band_percentiles(sites: int) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from privfed.config import Config
 from privfed.errors import ConfigError, RunFolderError
 from privfed.folder import CONFIG, METRICS, SUMMARY
 from privfed.summary import Summary
+from privfed.tasks import LOWER_IS_BETTER
 
 MEASURES = ("global_score", "personalized", "local_only")
 
@@ -61,13 +62,15 @@ class SiteRow:
     contributed: int
     missed: int
     refusal: str | None
+    lower_is_better: bool = False
 
     @property
     def gain(self) -> float | None:
-        """Personalised minus local-only; below zero the site is hurt."""
+        """How much better personalised is than local-only; below zero the site is hurt."""
         if self.figures is None or self.figures.personalized is None or self.figures.local_only is None:
             return None
-        return self.figures.personalized - self.figures.local_only
+        gain = self.figures.personalized - self.figures.local_only
+        return -gain if self.lower_is_better else gain
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,11 @@ class History:
         """Which figures leave a site: internal, private or public-cohort."""
         return self.config.evaluation.release
 
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether less of the run's figure is better."""
+        return self.summary.utility.metric in LOWER_IS_BETTER
+
     def curves(self, name: str) -> dict[str, list[float]]:
         """site → its figure after each evaluated round; NaN where there is none."""
         lines = self.evaluated
@@ -133,6 +141,7 @@ class History:
                 contributed=contributed[site],
                 missed=missed[site],
                 refusal=self.summary.refusals.get(site),
+                lower_is_better=self.lower_is_better,
             )
             for site in self.sites
         ]

@@ -1,5 +1,6 @@
 """The page: what the template is given, and the template filled in."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +85,7 @@ def _content(history: History) -> Mapping[str, Any]:
         "against": words.against_short(history),
         "version": __version__,
         "summary": summary,
+        "metric_name": words.metric_name(summary.utility.metric),
         "config": config,
         "config_text": history.config_text,
         "headline": words.headline(history),
@@ -102,8 +104,11 @@ def _content(history: History) -> Mapping[str, Any]:
         "band": "lowest to the highest site" if figures.band_percentiles(len(rows))[0] == 0 else "middle 80 % of sites",
         "epsilon_plot": _epsilon_plot(history),
         "gain_plot": figures.gain_bars(
-            [(row.name, row.gain) for row in rows if row.gain is not None], metric=summary.utility.metric
+            [(row.name, row.gain) for row in rows if row.gain is not None],
+            metric=summary.utility.metric,
+            lower_is_better=history.lower_is_better,
         ),
+        "gain_of": "Local-only minus personalised" if history.lower_is_better else "Personalised minus local-only",
         "gain_named": len(rows) <= figures.NAMED,
         "rows": sorted(rows, key=_worst_first) if many else rows,
         "many": many,
@@ -127,9 +132,15 @@ def _figures(history: History, rows: Sequence[SiteRow]) -> list[Figure]:
         if key == "global_score":
             pairs = [(row.figures.global_score, row.figures.local_only) for row in rows if row.figures is not None]
             both = [(ours, alone) for ours, alone in pairs if ours is not None and alone is not None]
-            hurt = sum(ours < alone for ours, alone in both) / len(both) if both else None
+            worse = [(ours > alone if history.lower_is_better else ours < alone) for ours, alone in both]
+            hurt = sum(worse) / len(both) if both else None
         lines.append(Figure(key, _TITLES[key], _NOTES[key], spread.mean, spread.worst_decile, spread.sd, hurt))
     return lines
+
+
+def _highest(history: History) -> float:
+    """The largest value that the run's figure can have."""
+    return math.inf if history.summary.utility.metric in ("mae", "rmse") else 1.0
 
 
 def _score_panels(history: History) -> list[Panel]:
@@ -137,7 +148,7 @@ def _score_panels(history: History) -> list[Panel]:
     curves = {key: history.curves(key) for key in MEASURES}
     if not rounds:
         return []
-    limits = figures.score_limits(list(curves.values()))
+    limits = figures.score_limits(list(curves.values()), highest=_highest(history))
     alone = figures.mean_curve(curves["local_only"])
     panels = []
     for key in MEASURES:

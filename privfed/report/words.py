@@ -64,9 +64,41 @@ def data_name(config: Config) -> str:
     return str(type(config.data).__struct_config__.tag)
 
 
+TASKS = {
+    "classification": "classification",
+    "regression": "regression",
+    "rating": "rating prediction",
+    "survival": "survival, by discrete-time hazards",
+    "cox": "survival, by Cox's proportional hazards",
+}
+_LINEAR = {
+    "classification": "logistic regression",
+    "regression": "linear regression",
+    "rating": "linear model of ratings",
+    "survival": "logistic model of hazards",
+    "cox": "Cox regression",
+}
+_METRICS = {
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "ece": "calibration error",
+    "mae": "mean absolute error",
+    "rmse": "root mean squared error",
+    "c-index": "C-index",
+}
+
+
+def metric_name(metric: str) -> str:
+    return _METRICS.get(metric, metric)
+
+
+def task_name(config: Config) -> str:
+    return str(type(config.task).__struct_config__.tag)
+
+
 def model_name(config: Config) -> str:
     if not config.model.hidden:
-        return "logistic regression"
+        return _LINEAR[task_name(config)]
     widths = ", ".join(map(str, config.model.hidden))
     return f"neural network (hidden layer{'s' if len(config.model.hidden) > 1 else ''} of {widths})"
 
@@ -107,6 +139,7 @@ def particulars(history: History) -> list[tuple[str, str]]:
     privacy = summary.privacy
     run = [
         ("Data", data_name(config)),
+        ("Task", TASKS[task_name(config)]),
         ("Model", model_name(config)),
         ("Method", method_name(config)),
         ("Aggregation", summary.aggregation.kind if config.method.sends else "none: nothing is sent"),
@@ -361,7 +394,7 @@ def glossary(history: History) -> list[tuple[str, str]]:
         ("Personalised", "The global model adapted at a site to its own records; it never leaves that site."),
         ("Local-only", "A model that a site trained alone, without noise and without the others: what it would have "
          "had anyway."),
-        ("Worst decile", "The mean over the tenth of the sites (at least one) with the lowest figures."),
+        ("Worst decile", "The mean over the tenth of the sites (at least one) with the worst figures."),
         ("Hurt", "A site is hurt when its personalised model is worse than its own local-only one."),
     ]  # fmt: skip
 

@@ -16,7 +16,6 @@ from ..config import Config
 from ..data.records import Sites
 from ..engines.local import Handler
 from ..errors import ConfigError
-from ..models import classification_loss
 from ..terms import Schema, build_model
 from .rendezvous import Rendezvous
 
@@ -80,14 +79,18 @@ def meeting(config: Config, data: Sites, schema: Schema) -> Meeting | None:
     """What ``simulation.engine`` comes to for these sites; None where each computes for itself.
 
     Raises:
-        ConfigError: "cohort" was asked for, and the network has layers that mix records.
+        ConfigError: "cohort" was asked for, and the network has layers, or the task a loss, that mix records.
     """
     wanted = config.simulation.engine
     if wanted == "opacus" or (wanted == "auto" and len(data.sites) < FEW):
         return None
+    if config.task.coupled:
+        if wanted == "auto":
+            return None
+        raise ConfigError("simulation.engine = 'cohort': the task's loss would mix the sites' records; use 'opacus'")
     example = next(iter(data.sites.values()))
     stacked = partial(
-        StackedNetwork, build_model(config, schema), classification_loss, example.inputs[:1], example.targets[:1]
+        StackedNetwork, build_model(config, schema), config.task.loss, example.inputs[:1], example.targets[:1]
     )
     try:
         private = stacked(dtype=torch.float64)

@@ -6,27 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from privfed.evaluation import fraction_hurt, outputs_of, score, spread
+from privfed.evaluation import fraction_hurt, outputs_of, spread
 from privfed.models import layout, mlp
-
-
-def test_accuracy_counts_and_auroc_ranks() -> None:
-    margins = torch.tensor([-2.0, 1.0, -1.0, 3.0])
-    outputs = torch.stack([torch.zeros(4), margins], 1)
-    targets = torch.tensor([0, 0, 1, 1])
-    # predicted 0 1 0 1: two of four right; of the four pairs (negative, positive), (1, −1) alone is in the wrong order
-    assert score(outputs, targets, "accuracy") == 0.5
-    assert score(outputs, targets, "auroc") == 0.75
-    assert score(outputs + 100, targets, "auroc") == 0.75
-
-
-def test_what_can_not_be_measured_is_none() -> None:
-    outputs = torch.randn(3, 2)
-    assert score(outputs[:0], torch.zeros(0, dtype=torch.long), "accuracy") is None
-    for label in (0, 1):
-        one_class = torch.full((3,), label)
-        assert score(outputs, one_class, "auroc") is None
-        assert score(outputs, one_class, "accuracy") is not None
 
 
 def test_every_site_counts_once() -> None:
@@ -40,6 +21,12 @@ def test_every_site_counts_once() -> None:
 def test_the_worst_decile_is_the_mean_of_the_lowest_tenth() -> None:
     got = spread([value / 100 for value in range(30, 0, -1)])
     assert got is not None and got.worst_decile == pytest.approx(0.02)  # (.01 + .02 + .03) / 3
+
+
+def test_where_less_is_better_the_worst_decile_is_the_highest_and_more_is_hurt() -> None:
+    got = spread([value / 100 for value in range(1, 31)], lower_is_better=True)
+    assert got is not None and got.worst_decile == pytest.approx(0.29)  # (.28 + .29 + .30) / 3
+    assert fraction_hurt({"a": 0.5, "b": 0.7}, {"a": 0.6, "b": 0.6}, lower_is_better=True) == 0.5
 
 
 def test_hurt_is_strictly_worse_among_sites_that_have_both() -> None:

@@ -152,7 +152,7 @@ def make_folder(
             colluders=2 if config.privacy.noise.value == "distributed" else None,
         ),
         utility=UtilitySummary(
-            metric=config.evaluation.metric,
+            metric=config.metric,
             global_=FigureSummary(last["score"], None, None) if last else figure("global_score"),
             personalized=figure("personalized"),
             local_only=figure("local_only"),

@@ -10,11 +10,12 @@ from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 
 from privfed.methods import Anil, FederatedMethod, Maml, MetaSGD, PerFedAvg
-from privfed.models import classification_loss, layout, mlp
+from privfed.models import layout, mlp
 from privfed.privacy.errors import NoGuarantee
 from privfed.privacy.oracle.door import DoorSettings, Records, curvature
 from privfed.privacy.oracle.opacus import OpacusDoor
 from privfed.privacy.oracle.plain import PlainDoor
+from privfed.tasks import Classification
 
 SHAPE = (3, (4,), 2)
 SUPPORT, QUERY = torch.arange(12), torch.arange(12, 20)
@@ -37,7 +38,7 @@ def network() -> nn.Module:
 def plain(rate: float = 1.0) -> PlainDoor:
     return PlainDoor(
         model=network(),
-        loss=classification_loss,
+        loss=Classification().loss,
         records=records(),
         sample_rate=rate,
         randomness=np.random.default_rng(0),
@@ -51,7 +52,7 @@ def loss(theta: Tensor, rows: Tensor) -> Tensor:
         parameters[name] = theta[at : at + parameter.numel()].view_as(parameter)
         at += parameter.numel()
     held = records()
-    return classification_loss(functional_call(model, parameters, (held.inputs[rows],)), held.targets[rows]).mean()
+    return Classification().loss(functional_call(model, parameters, (held.inputs[rows],)), held.targets[rows]).mean()
 
 
 def naive(theta: Tensor, rates: Tensor, steps: int) -> Tensor:
@@ -110,7 +111,7 @@ def test_single_precision_agrees_to_1e_5() -> None:
     held = records()
     door = PlainDoor(
         model=network().float(),
-        loss=classification_loss,
+        loss=Classification().loss,
         records=Records(held.inputs.float(), held.targets, held.parts),
         sample_rate=1.0,
         randomness=np.random.default_rng(0),
@@ -124,7 +125,7 @@ def test_curvature_of_an_empty_draw_is_zero_and_that_of_relu_exists() -> None:
     assert not door.curvature(START[None], door.draw("support"), vector).any()
     relu = PlainDoor(
         model=mlp(3, (4,), 2, seed=3).double(),
-        loss=classification_loss,
+        loss=Classification().loss,
         records=records(),
         sample_rate=1.0,
         randomness=np.random.default_rng(0),
@@ -139,7 +140,7 @@ def test_a_private_door_has_no_second_order() -> None:
     )
     door = OpacusDoor(
         model=mlp(*SHAPE, seed=3),
-        loss=classification_loss,
+        loss=Classification().loss,
         records=records(),
         settings=settings,
         randomness=np.random.default_rng(0),

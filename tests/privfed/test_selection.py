@@ -54,7 +54,7 @@ def test_a_rounds_figure_is_the_released_one_or_the_mean_of_what_sites_show() ->
     ],
 )
 def test_the_best_round_has_the_highest_figure(scores: tuple[float | None, ...], number: int | None) -> None:
-    assert best(rounds(*scores)) == number
+    assert best(rounds(*scores), "accuracy") == number
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_the_best_round_has_the_highest_figure(scores: tuple[float | None, ...],
 def test_a_run_has_stalled_when_the_last_figures_bring_nothing_better(
     scores: tuple[float | None, ...], patience: int | None, ends: bool
 ) -> None:
-    assert stalled(rounds(*scores), patience) is ends
+    assert stalled(rounds(*scores), "accuracy", patience) is ends
 
 
 @pytest.mark.parametrize("choice", [{"patience": 2}, {"keep": "best"}])

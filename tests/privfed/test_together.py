@@ -22,7 +22,6 @@ from privfed.data.sources import BreastCancer
 from privfed.engines.local import Handler, LocalEngine
 from privfed.federation import RoundReport
 from privfed.methods import FedAvg, FedSGD, Fomaml, Local, Maml, PerFedAvg, Reptile, Scaffold
-from privfed.models import classification_loss
 from privfed.privacy.errors import PrivacyError
 from privfed.privacy.events import NoiseSite, PrivacyUnit
 from privfed.privacy.ledger import Ledger
@@ -33,6 +32,7 @@ from privfed.simulation.durable import DurableEngine
 from privfed.simulation.faults import FaultyEngine
 from privfed.simulation.rendezvous import MOST, Cancelled, Rendezvous
 from privfed.simulation.together import CohortEngine, Meeting, meeting
+from privfed.tasks import Classification
 from privfed.terms import Schema, build_model
 
 from .house import SCHEMA, House, changed, config, records, state_of
@@ -63,7 +63,7 @@ class Simulated:
             shapes = records(0).inputs[:1], records(0).targets[:1]
             dtypes = torch.float64, torch.float32
             self.meeting = Meeting(
-                StackedOracle(*(StackedNetwork(model, classification_loss, *shapes, dtype=dtype) for dtype in dtypes))
+                StackedOracle(*(StackedNetwork(model, Classification().loss, *shapes, dtype=dtype) for dtype in dtypes))
             )
             self.house.sites = {name: self.house.start(name, oracle=self.meeting) for name in self.house.names}
 
