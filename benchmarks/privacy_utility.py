@@ -24,15 +24,24 @@ Finds the records through PRIVFED_DATA (`privfed data describe ist` and `mnist-b
 values).
 
     PRIVFED_DATA=… python benchmarks/privacy_utility.py [--quick] [--json FILE] [--check]
+
+Two runs at a time. Each leaves its figures in `runs/privacy_utility`, named by what was asked and by the code: a
+benchmark that was stopped goes on where it was, and any change of the code starts anew.
 """
 
+import hashlib
+import json
 import math
+import multiprocessing
+import os
 import statistics
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -59,18 +68,52 @@ BARS = (
     Bar("ε = 1, shared noise − local only: worst decile", at_least=0.0),
     Bar("pixels, 50 sites, record, shared noise, ε = 1", at_least=0.90),
 )
-EXAMPLES = Path(__file__).parent.parent / "examples"
+HERE = Path(__file__).parent.parent
+EXAMPLES = HERE / "examples"
+KEPT = HERE / "runs" / "privacy_utility"
 DISK = "/dev/shm" if Path("/dev/shm").is_dir() else None  # this measures no disk
 
 Values = list[float]
+R = TypeVar("R")
 
 
 def main() -> None:
     options = parse(__doc__)
     report = Report("privacy and utility", packages=("torch", "opacus", "scikit-learn", "pandas", "numpy"))
-    stroke_trial(report, seeds=1 if options.quick else 5, epsilons=(1,) if options.quick else (1, 4, 8))
-    digits(report, quick=options.quick)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        cells = Cells(pool)
+        show_trial = stroke_trial(cells, seeds=1 if options.quick else 5, epsilons=(1,) if options.quick else (1, 4, 8))
+        show_digits = digits(cells, quick=options.quick)
+        show_trial(report)
+        show_digits(report)
     report.finish(options, BARS)
+
+
+class Cells:
+    """Work done by other processes, each piece once: its result is kept on disk under what was asked of which code."""
+
+    def __init__(self, pool: ProcessPoolExecutor) -> None:
+        self._pool = pool
+        files = [*sorted((HERE / "privfed").rglob("*.py")), EXAMPLES / "ist.toml", Path(__file__)]
+        for linked in ("privacy", "crypto"):
+            files += sorted((HERE / linked).rglob("*.py"))
+        self._code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+        KEPT.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, work: Callable[..., R], *arguments: object) -> "Future[R]":
+        """The future of `work(*arguments)`; what it returns is plain data."""
+        asked = json.dumps([self._code, work.__name__, arguments])
+        file = KEPT / f"{hashlib.sha256(asked.encode()).hexdigest()[:32]}.json"
+        return self._pool.submit(kept, file, work, arguments)
+
+
+def kept(file: Path, work: Callable[..., R], arguments: Sequence[object]) -> R:
+    if not file.exists():
+        done = file.with_suffix(f".{os.getpid()}")
+        done.write_text(json.dumps(work(*arguments)))
+        done.replace(file)
+    result: R = json.loads(file.read_text())
+    return result
 
 
 def run(config: Config) -> privfed.Run:
@@ -108,36 +151,48 @@ SHARED = (
 CLEAR = (*SHARED, "privacy.unit=none", "aggregation.kind=plain", "method.lr=0.5", "method.momentum=0.8")
 
 
-def stroke_trial(report: Report, *, seeds: int, epsilons: Sequence[float]) -> None:
-    report.section(
-        f"49 hospitals, dead or dependent at six months: AUROC, mean over hospitals, δ = 1e-5, records, {seeds} seeds"
-    )
-    rows: dict[str, dict[str, Values]] = {}
-
-    def keep(label: str, **figures: float) -> None:
-        for figure, value in figures.items():
-            rows.setdefault(label, {}).setdefault(figure.replace("_", " "), []).append(value)
-
+def stroke_trial(cells: Cells, *, seeds: int, epsilons: Sequence[float]) -> Callable[[Report], None]:
     settings: dict[str, tuple[str, ...]] = {
         f"ε = {epsilon:g}, shared noise": (*SHARED, f"privacy.target_epsilon={epsilon}") for epsilon in epsilons
     }
     settings["no privacy, same method"] = CLEAR
-    spent = 0.0
-    for seed in range(seeds):
-        for label, overrides in settings.items():
-            config = privfed.load_config(EXAMPLES / "ist.toml", [*overrides, f"seed={seed}", "evaluation.every=20"])
-            summary = run(config).summary
-            utility = summary.utility
-            keep(
-                label,
-                AUROC=utility.global_.mean or 0.0,
-                worst_decile=utility.global_.worst_decile or 0.0,
-                personalized=utility.personalized.mean or 0.0,
-            )
-            if label.startswith("ε = 1,"):
-                spent = max(spent, summary.privacy.epsilon.max or math.inf)
-        for label, (mean, worst) in without_federation(config, seed).items():
-            keep(label, AUROC=mean, worst_decile=worst)
+    runs = {label: [cells(trial, seed, overrides) for seed in range(seeds)] for label, overrides in settings.items()}
+    baselines = [cells(without_federation, seed) for seed in range(seeds)]
+    return lambda report: show_trial(report, runs, baselines)
+
+
+def trial(seed: int, overrides: Sequence[str]) -> dict[str, float]:
+    """One run on the trial's hospitals."""
+    summary = run(
+        privfed.load_config(EXAMPLES / "ist.toml", [*overrides, f"seed={seed}", "evaluation.every=20"])
+    ).summary
+    utility = summary.utility
+    return {
+        "AUROC": utility.global_.mean or 0.0,
+        "worst decile": utility.global_.worst_decile or 0.0,
+        "personalized": utility.personalized.mean or 0.0,
+        "spent": summary.privacy.epsilon.max or math.inf,
+    }
+
+
+def show_trial(
+    report: Report,
+    runs: dict[str, list[Future[dict[str, float]]]],
+    baselines: list[Future[dict[str, tuple[float, float]]]],
+) -> None:
+    report.section(
+        f"49 hospitals, dead or dependent at six months: AUROC, mean over hospitals, δ = 1e-5, records, "
+        f"{len(baselines)} seeds"
+    )
+    rows: dict[str, dict[str, Values]] = {}
+    spent = max(future.result()["spent"] for future in runs["ε = 1, shared noise"])
+    for label, futures in runs.items():
+        for figure in ("AUROC", "worst decile", "personalized"):
+            rows.setdefault(label, {})[figure] = [future.result()[figure] for future in futures]
+    for baseline in baselines:
+        for label, (mean, worst) in baseline.result().items():
+            for figure, value in (("AUROC", mean), ("worst decile", worst)):
+                rows.setdefault(label, {}).setdefault(figure, []).append(value)
     for label, figures in rows.items():
         for figure, values in figures.items():
             add(report, f"{label}: {figure}", values)
@@ -156,8 +211,9 @@ def stroke_trial(report: Report, *, seeds: int, epsilons: Sequence[float]) -> No
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
-def without_federation(config: Config, seed: int) -> dict[str, tuple[float, float]]:
+def without_federation(seed: int) -> dict[str, tuple[float, float]]:
     """(mean, worst decile) of the hospitals' AUROC without privacy: pooled, and every hospital alone."""
+    config = privfed.load_config(EXAMPLES / "ist.toml", [*CLEAR, f"seed={seed}"])
     key = public_split_key(seed)
     parts = {name: split(config, data, key) for name, data in config.data.load(seed=seed).sites.items()}
 
@@ -204,39 +260,40 @@ SPEND = "privacy.schedule=spend"
 DIGITS_ALL = 1400.0  # public: roughly how many training records there are; sets the scale of a step
 
 
-def digits(report: Report, *, quick: bool) -> None:
+def digits(cells: Cells, *, quick: bool) -> Callable[[Report], None]:
     sites = (10,) if quick else (50, 10)
     epsilons = (1.0,) if quick else (1.0, 4.0, 8.0)
     few, many = (1, 1) if quick else (3, 5)
-    with tempfile.TemporaryDirectory(dir=DISK) as folder:
-        for n in sites:
+    tables: dict[int, dict[str, list[Future[float]]]] = {}
+    for n in sites:
+        tables[n] = {}
+
+        def row(name: str, inputs: str, settings: Sequence[str], *, seeds: int, n: int = n) -> None:
+            tables[n][f"{inputs}, {n} sites, {name}"] = [
+                cells(accuracy, inputs, n, seed, settings) for seed in range(seeds)
+            ]
+
+        for inputs in ("pixels", "strokes"):
+            for epsilon in epsilons:
+                budget = f"privacy.target_epsilon={epsilon}"
+                seeds = many if epsilon == 1 else few
+                row(f"record, local noise, ε = {epsilon:g}", inputs, (*local(inputs, n, epsilon), budget), seeds=few)
+                row(f"record, shared noise, ε = {epsilon:g}", inputs, (*shared(inputs, n), SPEND, budget), seeds=seeds)
+                if inputs == "pixels":
+                    row(f"client, shared noise, ε = {epsilon:g}", inputs, (*client(n, epsilon), budget), seeds=few)
+            if n == 50:
+                complete = (SPEND, "privacy.target_epsilon=1", f"aggregation.minimum_cohort={n}")
+                row("record, shared noise, ε = 1, complete", inputs, (*shared(inputs, n), *complete), seeds=many)
+            clear = ("privacy.unit=none", "aggregation.kind=plain")
+            row("no privacy, same method", inputs, (*shared(inputs, n), *clear), seeds=few)
+
+    def show(report: Report) -> None:
+        for n, rows in tables.items():
             report.section(f"digits, {n} sites, Dirichlet(0.5): accuracy over all test records, δ = 1e-5")
+            for name, futures in rows.items():
+                add(report, name, [future.result() for future in futures])
 
-            def row(name: str, inputs: str, settings: Sequence[str], *, seeds: int, n: int = n) -> None:
-                values = [accuracy(digits_config(Path(folder), inputs, n, seed, settings)) for seed in range(seeds)]
-                add(report, f"{inputs}, {n} sites, {name}", values)
-
-            for inputs in ("pixels", "strokes"):
-                for epsilon in epsilons:
-                    budget = f"privacy.target_epsilon={epsilon}"
-                    seeds = many if epsilon == 1 else few
-                    row(
-                        f"record, local noise, ε = {epsilon:g}", inputs, (*local(inputs, n, epsilon), budget), seeds=few
-                    )
-                    ours = (*shared(inputs, n), SPEND, budget)
-                    row(f"record, shared noise, ε = {epsilon:g}", inputs, ours, seeds=seeds)
-                    if inputs == "pixels":
-                        row(f"client, shared noise, ε = {epsilon:g}", inputs, (*client(n, epsilon), budget), seeds=few)
-                if n == 50:
-                    complete = (
-                        *shared(inputs, n),
-                        SPEND,
-                        "privacy.target_epsilon=1",
-                        f"aggregation.minimum_cohort={n}",
-                    )
-                    row("record, shared noise, ε = 1, complete", inputs, complete, seeds=many)
-                clear = ("privacy.unit=none", "aggregation.kind=plain")
-                row("no privacy, same method", inputs, (*shared(inputs, n), *clear), seeds=few)
+    return show
 
 
 def shared(inputs: str, n: int) -> tuple[str, ...]:
@@ -296,20 +353,17 @@ def client(n: int, epsilon: float) -> tuple[str, ...]:
     )
 
 
-def accuracy(config: Config) -> float:
-    """Over all sites' test records, each counting once."""
-    measured = run(config).reports[-1].measurements.values()
+def accuracy(inputs: str, n: int, seed: int, settings: Sequence[str]) -> float:
+    """Of the last round's model over all sites' test records, each counting once."""
+    common = [f"seed={seed}", "evaluation.every=1000", "evaluation.local_steps=1", "method.personal_steps=1"]
+    config = privfed.load_config(overrides=[f"rounds={ROUNDS}", *settings, *common])
+    with tempfile.TemporaryDirectory(dir=DISK) as folder:
+        config = msgspec.structs.replace(config, data=digits_table(Path(folder), inputs, n, seed))
+        measured = run(config).reports[-1].measurements.values()
     counted = [(m.records, m.global_score) for m in measured if m.global_score is not None]
     return sum(records * score for records, score in counted) / sum(records for records, _ in counted)
 
 
-def digits_config(folder: Path, inputs: str, n: int, seed: int, settings: Sequence[str]) -> Config:
-    common = [f"seed={seed}", "evaluation.every=1000", "evaluation.local_steps=1", "method.personal_steps=1"]
-    config = privfed.load_config(overrides=[f"rounds={ROUNDS}", *settings, *common])
-    return msgspec.structs.replace(config, data=digits_table(folder, inputs, n, seed))
-
-
-@cache
 def digits_table(folder: Path, inputs: str, n: int, seed: int) -> Table:
     """The digits of `skewed`, as any consortium's table: a CSV file and what is public about its columns."""
     digits = load_digits()
