@@ -67,6 +67,14 @@ class SharedSum:
         """What one release is, with the shares that its sum carries; None: the fewest that it may carry."""
         return self.noise.event(None if self.at_server else shares)
 
+    def encode_nothing(self, key: bytes) -> NDArray[np.int64]:
+        """int64[dim]: what a site adds to the sum beside its vector, its share of noise and nothing else; for tests."""
+        return self.encode(np.zeros(self.rotation.dim), key)
+
+    def encode(self, vector: Floats, key: bytes) -> NDArray[np.int64]:
+        """int64[dim] from float[parameters]."""
+        raise NotImplementedError
+
     def add_noise(self, total: NDArray[np.int64], key: bytes) -> NDArray[np.int64]:
         """int64[dim]: the sum with the server's noise; unchanged where the sites have added theirs."""
         return total + share(key, self.dim, self.noise.share_variance) if self.at_server else total
@@ -91,15 +99,15 @@ class ClientSum(SharedSum):
 
     rounding: ConditionalRounding = field(repr=False)
 
-    def encode(self, update: Floats, key: bytes) -> NDArray[np.int64]:
+    def encode(self, vector: Floats, key: bytes) -> NDArray[np.int64]:
         """int64[dim] from float[parameters].
 
         Args:
-            update: everything that the site sends, not only its model.
+            vector: everything that the site sends, not only its model.
             key: bytes[32], secret, for this release alone; equal keys and updates give equal vectors. An update that is
                 not finite counts as zero: refusing it would tell that much of the site, without noise.
         """
-        wide = np.asarray(update, dtype=np.float64)
+        wide = np.asarray(vector, dtype=np.float64)
         if not np.isfinite(wide).all():
             wide = np.zeros_like(wide)
         return self._noised(self.rounding.encode(wide, generator(derive_key(key, b"rounding"))), key)
@@ -109,9 +117,9 @@ class ClientSum(SharedSum):
 class RecordSum(SharedSum):
     """Sums whose unit is a record or a patient: a summand of a site's vector, clipped before it was added up."""
 
-    def encode(self, clipped_sum: Floats, key: bytes) -> NDArray[np.int64]:
+    def encode(self, vector: Floats, key: bytes) -> NDArray[np.int64]:
         """int64[dim] from the sum of clipped gradients float[parameters]; ``key`` as of `ClientSum.encode`."""
-        scaled = self.rotation.rotate(clipped_sum) * self.scale
+        scaled = self.rotation.rotate(vector) * self.scale
         return self._noised(round_at_random(scaled, generator(derive_key(key, b"rounding"))), key)
 
 
@@ -286,6 +294,10 @@ class CountSum:
     def add_noise(self, total: NDArray[np.int64], key: bytes) -> NDArray[np.int64]:
         """``total``: the sites have added their shares."""
         return total
+
+    def encode_nothing(self, key: bytes) -> NDArray[np.int64]:
+        """As `SharedSum.encode_nothing`."""
+        return self.encode(np.zeros(self.dim, dtype=np.int64), key)
 
     def encode(self, vector: NDArray[np.int64], key: bytes) -> NDArray[np.int64]:
         """int64[dim] with this site's share; ``key`` as of `ClientSum.encode`."""

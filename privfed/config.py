@@ -65,6 +65,20 @@ class Privacy(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     max_update_norm: Annotated[
         float, Meta(ge=1e-6, le=1e6, description="unit = client: C, largest L2 norm of a site's whole update")
     ] = 1.0
+    clip: Annotated[
+        str,
+        Meta(
+            pattern="^(fixed|adaptive)$",
+            description='unit = client: "fixed", C is max_update_norm; "adaptive", it starts there and follows a '
+            "quantile of the sites' norms, by a noised count that is part of the round's cost (Andrew et al. 2021)",
+        ),
+    ] = "fixed"
+    clip_quantile: Annotated[
+        float, Meta(gt=0, lt=1, description="clip = adaptive: share of the sites whose updates shall be shorter than C")
+    ] = 0.5
+    clip_rate: Annotated[
+        float, Meta(gt=0, le=5, description="clip = adaptive: how fast; C changes by a factor of e^(±rate) at most")
+    ] = 0.2
     schedule: Annotated[
         str,
         Meta(

@@ -78,6 +78,16 @@ def check_used(config: Config) -> None:
             "noise in shares: privacy.noise = 'distributed' or evaluation.release = 'private'",
         ),
         (
+            "privacy.clip = 'adaptive'",
+            privacy.clip == "adaptive" and not config.method.sends,
+            "a method that sends updates",
+        ),
+        (
+            "privacy.clip_quantile or clip_rate",
+            privacy.clip == "fixed" and (privacy.clip_quantile, privacy.clip_rate) != (0.5, 0.2),
+            "privacy.clip = 'adaptive'",
+        ),
+        (
             "privacy.sampling = 'record'",
             privacy.sampling == "record" and privacy.unit is not PrivacyUnit.PATIENT,
             "privacy.unit = 'patient'",

@@ -19,6 +19,7 @@ from privfed.crypto.masking.server import MaskedServer
 from privfed.crypto.plain import PlainServer
 from privfed.crypto.roster import Roster
 from privfed.privacy import noise
+from privfed.privacy.clipping import AdaptiveSum
 from privfed.privacy.errors import NoGuarantee
 from privfed.privacy.events import NoiseSite
 from privfed.privacy.releases import Standardisation
@@ -40,6 +41,8 @@ from .terms import (
     Schema,
     Update,
     checked_encoding,
+    clip_rule,
+    cohort_in,
     count_sum,
     key_holder_of,
     plan_encoding,
@@ -49,6 +52,8 @@ from .terms import (
 )
 
 logger = logging.getLogger(__name__)
+
+_CLIP = KEEPS + "clip"  # in the state: C of the next round, where it adapts
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class RoundReport:
         words: what the sites signed about their ledgers, by name; see seals.py.
         seconds: wall clock.
         noise_multiplier: σ/C of its updates; 0 without a claim.
+        clip: C of its updates, where it adapts.
     """
 
     round: int
@@ -80,6 +86,7 @@ class RoundReport:
     measurements: Mapping[str, wire.Measurement]
     seconds: float
     noise_multiplier: float = 0.0
+    clip: float | None = None
     released: Released | None = None
     unseen: Mapping[str, wire.Measurement] = field(default_factory=dict)
     words: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
@@ -220,6 +227,7 @@ class Federation:
             colluders=cohort.colluders,
             degree=cohort.degree,
             noise_multiplier=self._noise_multiplier,
+            clip=self._clip,
             side_noise=self._side_noise,
             features=self._features,
             config=self.config,
@@ -235,7 +243,7 @@ class Federation:
                     self._standardise(plan, tally)
                 encoding = plan_encoding(plan, len(self.state["theta"]))
                 result = self._aggregate(plan, encoding, "update", tally)
-                self._serve(result, encoding, number)
+                self._serve(result, encoding, plan)
             except AggregationError as error:
                 result, aborted = None, str(error)
                 if isinstance(error, FaultyDealer):
@@ -268,6 +276,7 @@ class Federation:
             refused=dict(tally.refused),
             aborted=aborted,
             noise_multiplier=self._noise_multiplier,
+            clip=plan.clip,
             bytes_up=math.fsum(tally.bytes_up.get(name, 0) for name in names) / len(names) if names else 0.0,
             measurements={name: replace(measured, seal=b"") for name, measured in measurements.items()},
             words={name: measured.seal for name, measured in measurements.items() if measured.seal},
@@ -317,7 +326,15 @@ class Federation:
 
         return run_round(server, exchange, on_bad)
 
-    def _serve(self, result: AggregationResult, encoding: Update, number: int) -> None:
+    @property
+    def _clip(self) -> float | None:
+        """C of the next round, where it adapts."""
+        if self.config.privacy.clip == "fixed":
+            return None
+        return float(self.state[_CLIP]) if _CLIP in self.state else self.config.privacy.max_update_norm
+
+    def _serve(self, result: AggregationResult, encoding: Update, plan: wire.RoundPlan) -> None:
+        number = plan.round
         # Noise of this very sum: a restart repeats it, and another sum in its place would not share it
         digest = hashlib.sha256(result.total.tobytes()).digest()
         labels = (self.run.encode(), number.to_bytes(8, "big"), digest)
@@ -332,6 +349,10 @@ class Federation:
         progress = number / self.config.rounds
         beside = {name: self.state[name] for name in (MEAN, DEVIATION) if name in self.state}
         step, kept = optimized(self.config.server, self.state, mean)
+        rule = clip_rule(self.config, cohort_in(plan), plan.noise_multiplier)
+        if rule is not None and isinstance(encoding, AdaptiveSum):
+            clip = rule.next_clip(encoding.clip, encoding.count(total), len(result.contributors))
+            kept = {**kept, _CLIP: torch.tensor(clip, dtype=torch.float64)}
         self.state = {**self.config.method.serve(self.state, step, progress), **beside, **kept}
 
     @property

@@ -43,6 +43,8 @@ def check_policy(plan: RoundPlan, policy: Policy, *, insecure: bool) -> None:
         raise PolicyRefusal(f"policy.max_delta = {policy.max_delta:g}, the plan has delta = {config.privacy.delta:g}")
     if config.privacy.insecure_seed is not None and not insecure:
         raise PolicyRefusal("the plan has privacy.insecure_seed, but this site's noise comes from the system source")
+    if (plan.clip is None) != (config.privacy.clip == "fixed"):
+        raise PolicyRefusal(f"the plan has clip = {plan.clip}, its configuration clip = {config.privacy.clip!r}")
     fixed = config.privacy.noise_multiplier
     if config.privacy.unit is not PrivacyUnit.NONE and config.method.sends:
         if plan.noise_multiplier == 0 or (fixed is not None and plan.noise_multiplier != fixed):

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 
 import msgspec
 import numpy as np
@@ -408,12 +407,8 @@ class Site:
         """
         if isinstance(encoding, Grid) or (not isinstance(encoding, CountSum) and encoding.at_server):
             return  # no share
-        if isinstance(encoding, CountSum):
-            counts, variance = encoding, encoding.share_variance
-            encode = partial(counts.encode, np.zeros(counts.dim, dtype=np.int64))
-        else:
-            encode, variance = partial(encoding.encode, np.zeros(encoding.rotation.dim)), encoding.noise.share_variance
-        self._self_test.ensure(type(encoding), encode, variance)
+        variance = encoding.share_variance if isinstance(encoding, CountSum) else encoding.noise.share_variance
+        self._self_test.ensure(type(encoding), encoding.encode_nothing, variance)
 
     def _given(self, current: "_Round", state: State, key: bytes) -> Contribution:
         config, encoding = current.plan.config, current.encoding

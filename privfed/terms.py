@@ -20,6 +20,7 @@ from privfed.crypto.aggregation import MAX_BITS, Session
 from privfed.crypto.homomorphic.fields import layout_of
 from privfed.crypto.roster import Roster
 from privfed.privacy.adversaries import Deployment
+from privfed.privacy.clipping import AdaptiveClip, adaptive_sum
 from privfed.privacy.discretize import FixedPoint
 from privfed.privacy.errors import NoGuarantee
 from privfed.privacy.events import Charge, NoiseSite, PrivacyUnit
@@ -151,24 +152,50 @@ Update = Grid | ClientSum | RecordSum
 Summand = Update | CountSum
 
 
-def encoding_of(config: Config, cohort: Cohort, parameters: int, noise_multiplier: float, seed: bytes = b"") -> Update:
+def encoding_of(
+    config: Config,
+    cohort: Cohort,
+    parameters: int,
+    noise_multiplier: float,
+    seed: bytes = b"",
+    clip: float | None = None,
+) -> Update:
     """How updates of ``parameters`` coordinates become integers under the run's unit and noise.
 
     Args:
         seed: of the rotation, public, another one each round. It changes neither sizes nor costs.
+        clip: C where it adapts; default where it starts. It changes neither.
 
     Raises:
         NoGuarantee: the combination has none, or its noise does not fit the aggregation.
     """
     privacy = config.privacy
     unit, noise = privacy.unit, privacy.noise
+    if privacy.clip == "adaptive" and unit is not PrivacyUnit.CLIENT:
+        raise NoGuarantee(
+            f"privacy.clip = 'adaptive' with privacy.unit = {unit.value!r} is not offered: it counts the sites whose "
+            "update is short, and a count of short gradients would need noise of its own. Set max_grad_norm"
+        )
     if unit is PrivacyUnit.NONE or noise is NoiseSite.LOCAL or not config.method.sends:
         return Grid(parameters, FixedPoint(config.aggregation.fraction_bits, config.aggregation.limit))
     at_server = noise is NoiseSite.CENTRAL
+    adaptive = clip_rule(config, cohort, noise_multiplier)
     if not at_server and config.aggregation.kind == "plain":
         raise NoGuarantee(
             "privacy.noise = 'distributed' needs a secure sum: with aggregation.kind = 'plain' the server sees every "
             "site's vector under that site's share of the noise alone; use 'masked' or 'homomorphic'"
+        )
+    if adaptive is not None:
+        return adaptive_sum(
+            parameters,
+            clip=clip or privacy.max_update_norm,
+            rule=adaptive,
+            minimum_cohort=cohort.minimum_cohort,
+            colluders=0 if at_server else claimed_colluders(config, cohort),
+            sites=cohort.size,
+            most_bits=MAX_BITS,
+            seed=seed,
+            at_server=at_server,
         )
     if unit is PrivacyUnit.CLIENT:
         return client_sum(
@@ -198,6 +225,16 @@ def encoding_of(config: Config, cohort: Cohort, parameters: int, noise_multiplie
         sites=cohort.size,
         most_bits=MAX_BITS,
         seed=seed,
+    )
+
+
+def clip_rule(config: Config, cohort: Cohort, noise_multiplier: float) -> AdaptiveClip | None:
+    """How the clip of whole sites' updates follows them; None where it is fixed."""
+    privacy = config.privacy
+    if privacy.clip == "fixed" or noise_multiplier <= 0:
+        return None
+    return AdaptiveClip.for_units(
+        cohort.size, noise_multiplier, quantile=privacy.clip_quantile, learning_rate=privacy.clip_rate
     )
 
 
@@ -297,7 +334,7 @@ def plan_encoding(plan: wire.RoundPlan, parameters: int) -> Update:
     """`encoding_of` what a plan says of a network of ``parameters``."""
     seed = hashlib.sha256(f"{plan.run}\0{plan.round}\0{plan.attempt}".encode()).digest()
     size = update_size(plan.config, plan.features, parameters)
-    return encoding_of(plan.config, cohort_in(plan), size, plan.noise_multiplier, seed)
+    return encoding_of(plan.config, cohort_in(plan), size, plan.noise_multiplier, seed, plan.clip)
 
 
 def checked_encoding(config: Config, cohort: Cohort, parameters: int, noise_multiplier: float) -> Update:

@@ -7,6 +7,8 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from privfed.privacy.clipping import LARGEST, SMALLEST
+
 from . import __version__
 from .config import Config, SideNoise
 from .errors import PrivfedError
@@ -28,6 +30,7 @@ class RoundPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         cohort: roster indices of the invited sites, increasing.
         degree: neighbours of each site in the mask graph; None for all.
         key_holder: roster index of the party that decrypts in homomorphic aggregation.
+        clip: C of this round, where it adapts; None where the configuration fixes it.
         features: the model's inputs.
         side_noise: σ/C of what is released beside the updates.
     """
@@ -41,6 +44,7 @@ class RoundPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     colluders: Annotated[int, Meta(ge=0)]
     degree: Annotated[int, Meta(ge=2)] | None
     noise_multiplier: Annotated[float, Meta(ge=0)]
+    clip: Annotated[float, Meta(ge=SMALLEST, le=LARGEST)] | None = None
     config: Config
     features: Annotated[int, Meta(ge=1)] = 1
     side_noise: SideNoise = SideNoise()

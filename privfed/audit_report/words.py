@@ -174,12 +174,13 @@ def mechanism(evidence: Evidence, accounts: Sequence[Account]) -> Mechanism:
         prefix = f"{run.run}: " if several else ""
         client = config.privacy.unit is PrivacyUnit.CLIENT
         bound = config.privacy.max_update_norm if client else config.privacy.max_grad_norm
+        clip = f"{bound:g}" if config.privacy.clip == "fixed" else f"{bound:g} at the start, adaptive"
         facts += [
             Fact(term=f"{prefix}Method", value=run_words.method_name(config)),
             Fact(term=f"{prefix}Model", value=f"{run_words.model_name(config)}; no batch normalisation"),
             Fact(term=f"{prefix}Rounds planned", value=str(config.rounds)),
             Fact(term=f"{prefix}Noise multiplier", value=f"{run.facts.noise_multiplier:.6g}"),
-            Fact(term=f"{prefix}Clipping norm C", value=f"{bound:g}"),
+            Fact(term=f"{prefix}Clipping norm C", value=clip),
             Fact(term=f"{prefix}Sample rate", value=f"{config.privacy.rate:g}"),
             Fact(term=f"{prefix}Expected batch size", value=f"{config.privacy.expected_batch_size:g}"),
             Fact(term=f"{prefix}Aggregation", value=config.aggregation.kind),

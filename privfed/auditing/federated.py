@@ -244,9 +244,9 @@ class _Federation(Federation):
         super().__init__(**arguments)
         self.sums: list[_Floats] = []
 
-    def _serve(self, result: AggregationResult, encoding: Update, number: int) -> None:
+    def _serve(self, result: AggregationResult, encoding: Update, plan: wire.RoundPlan) -> None:
         self.sums.append(encoding.decode(result.total, summands=len(result.contributors)))
-        super()._serve(result, encoding, number)
+        super()._serve(result, encoding, plan)
 
     def _evaluate(self, *_: object) -> dict[str, wire.Measurement]:
         return {}  # there is nothing to be good at: the records are gradients

@@ -103,10 +103,9 @@ def _streams(target: Target, encoding: Update, keys: dict[str, bytes]) -> dict[s
     for name, key in keys.items():
         pieces: list[_Floats] = []
         if isinstance(encoding, ClientSum | RecordSum):
-            nothing = np.zeros(encoding.rotation.dim)
             while sum(map(len, pieces)) < SIZE:
                 mine = noise.derive_key(key, len(pieces).to_bytes(8, "big"))
-                integers = encoding.encode(nothing, mine)
+                integers = encoding.encode_nothing(mine)
                 pieces.append(encoding.add_noise(integers, noise.derive_key(mine, b"server")).astype(np.float64))
         else:
             empty = records_of(config, np.zeros((0, encoding.dim)), np.zeros(0, np.uint64), [])

@@ -175,6 +175,9 @@ def _beside(ready: Preparation) -> list[tuple[str, str]]:
                 f"the target, the fewest in a sum ({cohort.minimum_cohort}) less {colluders} that may collude",
             )
         )
+    if config.privacy.clip == "adaptive":
+        start, aim = config.privacy.max_update_norm, config.privacy.clip_quantile
+        lines.append(("clip", f"starts at {start:g} and follows a noised count: {aim:.0%} of the sites below it"))
     if config.privacy.schedule == "spend":
         lines.append(("schedule", "planned for sums of all sites; after one without some of them, the noise grows"))
     if config.privacy.standardise_epsilon is not None:

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from privfed.privacy import selftest, skellam
 from privfed.privacy.accountant import Accountant
-from privfed.privacy.clipping import AdaptiveClip
-from privfed.privacy.events import Charge, Gaussian, PoissonGaussian
+from privfed.privacy.events import Charge, Gaussian
 from privfed.privacy.releases import Counts, Standardisation
 
 KEY = bytes(range(32))
@@ -77,37 +76,3 @@ def test_ranges_must_be_public_and_finite() -> None:
             Standardisation(lower=np.array(lower), upper=np.array(upper))
     with pytest.raises(ValueError, match="steps"):
         Standardisation(lower=LOWER, upper=UPPER, steps=0)
-
-
-# The adaptive clip
-
-CLIP = AdaptiveClip(noise_multiplier=1.0, count_noise=5.0, expected_batch_size=100.0)
-
-
-def test_sum_and_count_together_cost_the_booked_noise() -> None:
-    """The count has sensitivity ½ and noise σ_b: a Gaussian of multiplier 2σ_b beside one of z_Δ."""
-    both = Accountant().epsilon([Charge(Gaussian(CLIP.sum_noise_multiplier)), Charge(Gaussian(10.0))], 1e-5).value
-    assert both == pytest.approx(Accountant().epsilon([Charge(Gaussian(1.0))], 1e-5).value, rel=1e-9)
-    assert CLIP.event(0.1) == PoissonGaussian(0.1, 1.0)
-    with pytest.raises(ValueError, match="count_noise"):
-        AdaptiveClip(noise_multiplier=1.0, count_noise=0.5, expected_batch_size=100.0)
-
-
-def test_a_unit_moves_the_count_by_a_half_whether_it_is_above_or_below() -> None:
-    assert CLIP.count(3, 4) - CLIP.count(2, 4) == 0.5
-    assert CLIP.count(3, 5) - CLIP.count(3, 4) == -0.5
-    # An empty draw says nothing about the quantile: the clip stays. With b in the place of b − ½ it would grow
-    assert CLIP.next_clip(2.0, CLIP.count(0, 0)) == 2.0
-
-
-def test_the_clip_finds_the_quantile() -> None:
-    random = np.random.default_rng(3)
-    norms, clip = random.lognormal(1.0, 0.5, 100), 20.0
-    for _ in range(200):
-        below = int((norms <= clip).sum())
-        clip = CLIP.next_clip(clip, CLIP.count(below, 100 - below) + random.normal(0, 5.0))
-    assert clip == pytest.approx(np.median(norms), rel=0.15)
-    assert CLIP.next_clip(1.0, 1e9) == pytest.approx(math.exp(-0.1))  # noise cannot push the share beyond 1
-    for changes in ({"quantile": 1.0}, {"learning_rate": 0.0}, {"noise_multiplier": math.inf}):
-        with pytest.raises(ValueError, match=next(iter(changes))):
-            AdaptiveClip(**{"noise_multiplier": 1.0, "count_noise": 5.0, "expected_batch_size": 9.0, **changes})
