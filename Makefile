@@ -25,7 +25,7 @@ lint: .venv/.ready-dev
 	touch $@
 
 .venv/.ready-dev: .venv/.ready
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,nvflare]'
 	touch $@
 
 # Ten minutes of coverage-guided fuzzing of every decoder and machine of crypto/.

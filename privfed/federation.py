@@ -27,7 +27,7 @@ from privfed.privacy.releases import Standardisation
 from . import figures, wire
 from .cohort import Cohort, cohort_of, held_out
 from .config import Config, SideNoise
-from .engines.local import Engine
+from .engines.contract import Engine
 from .errors import ConfigError
 from .evaluation import Spread, fraction_hurt, spread
 from .figures import Released

@@ -25,7 +25,7 @@ from .. import doors, wire
 from ..cohort import cohort_of
 from ..config import Aggregation, Config, Evaluation, Model
 from ..data.records import SiteData, Sites, keyed_fraction, public_split_key
-from ..engines.local import Engine
+from ..engines.contract import Engine
 from ..errors import ConfigError
 from ..federation import Federation
 from ..parameters import decode as decode_state

@@ -1,21 +1,8 @@
 """The embedded engine: every site in this process, the same bytes that a network would carry."""
 
 from collections.abc import Mapping
-from typing import Protocol
 
-
-class Engine(Protocol):
-    """Carries bytes between the coordinator and the sites; it knows nothing of what they mean."""
-
-    def exchange(self, requests: Mapping[str, bytes], deadline_seconds: float) -> Mapping[str, bytes]:
-        """Send each site its request; give the replies that came within the deadline, by site."""
-        ...
-
-
-class Handler(Protocol):
-    """What an engine needs of a site."""
-
-    def handle(self, request: bytes) -> bytes: ...
+from .contract import Handler
 
 
 class LocalEngine:
@@ -25,4 +12,5 @@ class LocalEngine:
         self._sites = dict(sites)
 
     def exchange(self, requests: Mapping[str, bytes], deadline_seconds: float) -> Mapping[str, bytes]:
-        return {name: self._sites[name].handle(request) for name, request in requests.items()}
+        here = {name: request for name, request in requests.items() if name in self._sites}
+        return {name: self._sites[name].handle(request) for name, request in here.items()}

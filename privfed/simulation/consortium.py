@@ -18,7 +18,8 @@ from .. import keyring
 from ..config import Config
 from ..data.records import Sites, public_split_key
 from ..doors import Network
-from ..engines.local import Engine, Handler, LocalEngine
+from ..engines.contract import Engine, Handler
+from ..engines.local import LocalEngine
 from ..errors import ConfigError, RunFolderError
 from ..key_holder import KeyHolder, SiteWithKey
 from ..seals import COORDINATOR

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 
-from ..engines.local import Engine
+from ..engines.contract import Engine
 
 AT_ONCE = 256
 """Sites. Other writers on the ledger wait so long."""

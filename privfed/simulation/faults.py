@@ -4,7 +4,7 @@ import random
 from collections.abc import Mapping
 
 from ..config import Simulation
-from ..engines.local import Engine
+from ..engines.contract import Engine
 from ..wire import decode_request
 
 STEPS = ("advertise", "share", "mask", "consistency", "unmask")

@@ -14,7 +14,7 @@ from privfed.privacy.oracle.together import Query, StackedOracle
 
 from ..config import Config
 from ..data.records import Sites
-from ..engines.local import Handler
+from ..engines.contract import Handler
 from ..errors import ConfigError
 from ..terms import Schema, build_model
 from .rendezvous import Rendezvous

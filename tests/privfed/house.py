@@ -15,7 +15,8 @@ from privfed.config import Config, Evaluation, Policy, Privacy, SideNoise
 from privfed.crypto.journal import Journal, MemoryJournal
 from privfed.crypto.roster import FIRST_PREVIOUS, Identity, Roster
 from privfed.data.records import SiteData, public_split_key
-from privfed.engines.local import Engine, LocalEngine
+from privfed.engines.contract import Engine
+from privfed.engines.local import LocalEngine
 from privfed.federation import Federation
 from privfed.methods import FedAvg
 from privfed.parameters import encode, to_vector

@@ -14,7 +14,8 @@ from privfed.config import Aggregation, Config, Evaluation, Outage, Policy, Priv
 from privfed.crypto.homomorphic.messages import KEY_HOLDER_STEPS
 from privfed.crypto.journal import MemoryJournal
 from privfed.crypto.roster import FIRST_PREVIOUS, Identity, Roster
-from privfed.engines.local import Engine, LocalEngine
+from privfed.engines.contract import Engine
+from privfed.engines.local import LocalEngine
 from privfed.errors import ConfigError
 from privfed.federation import Federation, RoundReport, cohort_of
 from privfed.key_holder import KeyHolder

@@ -19,7 +19,8 @@ from privfed import wire
 from privfed.config import Aggregation, Config, Evaluation, Model, Outage, Policy, Privacy, Simulation
 from privfed.data.records import SiteData
 from privfed.data.sources import BreastCancer
-from privfed.engines.local import Handler, LocalEngine
+from privfed.engines.contract import Handler
+from privfed.engines.local import LocalEngine
 from privfed.federation import RoundReport
 from privfed.methods import FedAvg, FedSGD, Fomaml, Local, Maml, PerFedAvg, Reptile, Scaffold
 from privfed.privacy.errors import PrivacyError

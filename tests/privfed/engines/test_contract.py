@@ -1,0 +1,135 @@
+"""One suite for every engine: what `privfed.engines` promises, in the order in which it stands there."""
+
+import hashlib
+import random
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from privfed.engines.contract import Engine
+from privfed.engines.local import LocalEngine
+from tests.privfed.engines.echo import Echo
+
+SITES = ("north", "south", "west")
+LONG = 60.0
+
+# FLARE's session, in this process, leaves sockets to the garbage collector
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+class Rig(Protocol):
+    """An engine with three sites that echo, and what the suite may do to them."""
+
+    def exchange(self, requests: Mapping[str, bytes], deadline_seconds: float) -> Mapping[str, bytes]: ...
+
+    def wait_for(self, sites: set[str]) -> None:
+        """Return when the sites are there again."""
+
+    def logs(self) -> bytes:
+        """Whatever was written anywhere."""
+
+
+class _Local:
+    def __init__(self) -> None:
+        self._engine = LocalEngine({name: Echo(name) for name in SITES})
+
+    def exchange(self, requests: Mapping[str, bytes], deadline_seconds: float) -> Mapping[str, bytes]:
+        return self._engine.exchange(requests, deadline_seconds)
+
+    def wait_for(self, sites: set[str]) -> None:
+        pass
+
+    def logs(self) -> bytes:
+        return b""
+
+
+@pytest.fixture(scope="module", params=["local", "nvflare"])
+def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    if request.param == "local":
+        yield _Local()
+        return
+    pytest.importorskip("nvflare", reason="the extra [nvflare] is not installed")
+    from tests.privfed.engines import flare_rig
+
+    with flare_rig.quick_certificates():
+        home = Path(tmp_path_factory.mktemp("flare"))
+        flare = flare_rig.Rig(home, SITES)
+    with flare:
+        yield flare
+
+
+def separate(rig: Rig) -> None:
+    if isinstance(rig, _Local):
+        pytest.skip("the local engine's sites are this process: none can be late or die")
+
+
+def test_an_engine_has_the_one_method(rig: Rig) -> None:
+    engine: Engine = rig
+    assert engine.exchange({}, LONG) == {}
+
+
+@pytest.mark.parametrize("size", [0, 1, 255, 65_536, 12_000_001])
+def test_bytes_arrive_exactly_both_ways(rig: Rig, size: int) -> None:
+    sent = {site: random.Random(f"{site}{size}").randbytes(size) for site in SITES}
+    assert rig.exchange({site: b"echo " + body for site, body in sent.items()}, LONG) == sent
+    digests = rig.exchange({site: b"digest " + body for site, body in sent.items()}, LONG)
+    assert digests == {site: hashlib.sha256(body).digest() for site, body in sent.items()}
+
+
+def test_every_byte_value_arrives(rig: Rig) -> None:
+    body = bytes(range(256)) * 3 + b"\r\n\0{}\xff\xfe"
+    assert rig.exchange({"west": b"echo " + body}, LONG) == {"west": body}
+
+
+def test_only_the_named_sites_are_asked_each_with_its_own_request(rig: Rig) -> None:
+    before = rig.exchange(dict.fromkeys(SITES, b"seen"), LONG)
+    assert rig.exchange({"north": b"echo n", "west": b"name"}, LONG) == {"north": b"n", "west": b"west"}
+    after = rig.exchange(dict.fromkeys(SITES, b"seen"), LONG)
+    assert after["south"] == before["south"] and after["north"] != before["north"]
+
+
+def test_a_site_that_nobody_knows_is_a_dropout(rig: Rig) -> None:
+    assert rig.exchange({"north": b"echo n", "nowhere": b"echo x"}, LONG) == {"north": b"n"}
+
+
+def test_a_late_reply_is_dropped_and_never_the_reply_to_another_request(rig: Rig) -> None:
+    separate(rig)
+    assert rig.exchange({"north": b"sleep 3 late", "south": b"echo in time"}, 1.0) == {"south": b"in time"}
+    assert rig.exchange({"north": b"echo second"}, LONG) == {"north": b"second"}
+    time.sleep(3.0)
+    assert rig.exchange({"north": b"echo third"}, LONG) == {"north": b"third"}
+
+
+def test_requests_are_done_one_by_one_in_order(rig: Rig) -> None:
+    (before,) = rig.exchange({"south": b"seen"}, LONG).values()
+    for word in range(20):
+        rig.exchange({"south": b"echo %d" % word}, LONG)
+    (after,) = rig.exchange({"south": b"seen"}, LONG).values()
+    assert len(eval(after)) == len(eval(before)) + 20
+
+
+def test_refusals_are_replies_like_others(rig: Rig) -> None:
+    refusal = b"\x83\xa4type\xa7refusal"
+    assert rig.exchange({"north": b"echo " + refusal, "south": b"name"}, LONG) == {"north": refusal, "south": b"south"}
+
+
+def test_a_site_that_dies_is_a_dropout_that_delays_nobody_and_is_not_asked_again(rig: Rig) -> None:
+    separate(rig)
+    assert rig.exchange({"west": b"die", "north": b"echo n", "south": b"echo s"}, 600.0) == {
+        "north": b"n",
+        "south": b"s",
+    }
+    rig.wait_for({"west"})
+    # The new process has seen nothing: the request that killed the old one was not sent again
+    assert rig.exchange({"west": b"seen"}, LONG) == {"west": b"[0]"}
+
+
+def test_no_payload_is_in_any_log(rig: Rig) -> None:
+    secret = secrets.token_hex(16)
+    for body in (f"echo {secret}", f"digest {secret}", f"sleep 0 {secret}", f"unheard-of {secret}"):
+        rig.exchange(dict.fromkeys(SITES, body.encode()), LONG)
+    assert secret.encode() not in rig.logs()
