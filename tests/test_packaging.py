@@ -39,8 +39,12 @@ def test_no_module_imports_a_layer_by_its_bare_name() -> None:
 import importlib, pkgutil, sys
 import privfed
 for module in pkgutil.walk_packages(privfed.__path__, "privfed."):
-    if not module.name.endswith("__main__"):
-        importlib.import_module(module.name)
+    try:
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    except ModuleNotFoundError as missing:
+        if missing.name != "nvflare":  # an extra
+            raise
 print(sorted({"crypto", "privacy"} & set(sys.modules)), sum(name.startswith("privfed.") for name in sys.modules) > 40)
 """
     assert run(everything) == "[] True"
