@@ -12,9 +12,12 @@ When somebody does, the rounds after it get more noise.
 **Guarantees.** At every moment a site has booked at most target_epsilon, whoever drops out: a round begins only if its
 worst case fits on top of what is settled, and every later one again. Levels depend on who contributed and on nothing
 else: who was in a sum is no secret and no function of the records, so the levels might as well have been fixed before.
-A site does not rely on that: its ledger holds the target (Feldman and Zrnic 2021, "Individual Privacy Accounting via a
-Renyi Filter", for levels chosen on what was seen), and it refuses noise that leaves less for the rounds after it than
-this schedule does.
+A site does not rely on that: its ledger holds the target, and it refuses noise that leaves less for the rounds after it
+than this schedule does. A coordinator that chooses levels by what it has seen gains nothing: of Gaussian mechanisms,
+each chosen on the outputs before it, the total is that of the sum of their 1/σ², as long as this sum is held to a bound
+(Smith and Thakurta 2022, "Fully Adaptive Composition for Gaussian Differential Privacy"; Feldman and Zrnic 2021 for
+Rényi divergences), and the distance of Skellam noise from its Gaussian twin adds up by the chain rule whoever chose it.
+Of sampled noise nothing like it is proved for the accountant here, so that a sample rate below 1 is refused.
 """
 
 from collections import Counter
@@ -65,6 +68,11 @@ def check_schedule(config: Config) -> None:
         raise ConfigError("privacy.schedule = 'spend' belongs to noise in shares: privacy.noise = 'distributed'")
     if privacy.noise_multiplier is not None:
         raise ConfigError("privacy.schedule = 'spend' calibrates the noise: leave privacy.noise_multiplier away")
+    if privacy.unit is not PrivacyUnit.CLIENT and privacy.rate < 1:
+        raise ConfigError(
+            "privacy.schedule = 'spend' needs privacy.sample_rate = 1: that levels may be chosen on the way is proved "
+            "for noise on all records, and not on a sample of them"
+        )
     if config.aggregation.kind != "masked":
         raise ConfigError(
             "privacy.schedule = 'spend' needs aggregation.kind = 'masked': a site in an encrypted sum never learns who "

@@ -48,7 +48,7 @@ from .doors import Network, Split, check_units, few, local_door, split
 from .errors import LedgerKeyError, PrivfedError
 from .methods import Local, State
 from .policy import PolicyRefusal, check_policy
-from .schedule import keeps_pace
+from .schedule import check_schedule, keeps_pace
 from .seals import seal
 from .standardisation import DEVIATION, MEAN, check_standardisation, inputs_range, unit_means
 from .terms import (
@@ -634,11 +634,13 @@ class Site:
         config = plan.config
         if config.privacy.schedule == "constant":
             return
-        spends: dict[tuple[int, int], tuple[Charge, ...]] = {}
+        check_schedule(config)
+        sums = {run_of(plan.run, purpose) for purpose in wire.PURPOSES}
+        spends: dict[tuple[str, int, int], tuple[Charge, ...]] = {}
         for line in self._ledger.entries(self.name):
             entry = line.entry
-            if entry.run == plan.run and entry.charges:  # a settlement takes the place of its reserve
-                spends[entry.round, entry.attempt] = entry.charges
+            if entry.run in sums and entry.charges:  # a settlement takes the place of its reserve
+                spends[entry.run, entry.round, entry.attempt] = entry.charges
         before = [charge for charges in spends.values() for charge in charges]
         size = update_size(config, plan.features, parameter_count(config, self._schema))
         rounds = config.rounds - plan.round

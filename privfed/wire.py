@@ -2,7 +2,7 @@
 
 import hashlib
 from functools import lru_cache
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar, get_args
 
 import msgspec
 from msgspec import Meta
@@ -56,6 +56,7 @@ class RoundPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 Purpose = Literal["update", "figures", "inputs"]
 """What is added up: updates, counts of how good the model is, or moments of the inputs."""
+PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 
 class Begin(msgspec.Struct, frozen=True, tag="begin"):
