@@ -143,6 +143,24 @@ def signed_chain(ledger: Ledger, sites: Sequence[VerifiedSite]) -> tuple[Recorde
     return ledger.entries(COORDINATOR)[:signed]
 
 
+def require_signed(book: Book, verified: Verification) -> None:
+    """Return if every entry is covered by a word under one of the keys that were given.
+
+    Hashes alone prove nothing against whoever can write the file: all signed words can be taken out, and the chains
+    written anew. `verify` notes it, since a run that goes on, or was killed, has such entries too.
+
+    Raises:
+        LedgerCorrupt: names the first entry of the first such chain.
+    """
+    for site in verified.sites:
+        signed = site.signed if site.name in book.keys else 0
+        if site.entries > signed:
+            reason = "no signed word covers it" if site.name in book.keys else "there is no key of its chain in --keys"
+            raise LedgerCorrupt(
+                book.path, f"{reason}: anybody may have written it", f"site {site.name!r}, entry {signed + 1}"
+            )
+
+
 def verify_files(book: Book, verified: Verification) -> tuple[str, ...]:
     """Hold the files in the run's folder against the ledger, which `verify` has found to hold.
 
@@ -277,6 +295,12 @@ def _notes(book: Book, sites: Sequence[VerifiedSite]) -> list[str]:
             "the public keys come from the run's own folder: against whoever can write there, give --keys FILE with "
             "keys that you got from the sites"
         )
+    else:
+        notes += [
+            f"{name}: its key is not among those given: anybody may have signed" for name in strangers(book, sites)
+        ]
+    missing = sorted(book.keys.keys() - {site.name for site in sites})
+    notes += [f"{name}: it has a key and no chain on this ledger" for name in missing]
     notes += [
         f"{site.name}: {site.entries - site.signed} entries after its last signed word"
         for site in sites
@@ -288,6 +312,11 @@ def _notes(book: Book, sites: Sequence[VerifiedSite]) -> list[str]:
         "`privfed audit` looks at"
     )
     return notes
+
+
+def strangers(book: Book, sites: Sequence[VerifiedSite]) -> list[str]:
+    """Chains whose signer's key nobody gave: signed with whatever key they name."""
+    return [site.name for site in sites if site.name not in book.keys]
 
 
 def _keys(path: Path) -> dict[str, str]:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from privfed import __version__
 from privfed.privacy.accountant import Accountant
+from privfed.report.words import metric_name
+from privfed.summary import UnseenSummary, UtilitySummary
 
 from . import compose, verdicts, words
 from .evidence import BookEvidence, Evidence, RunEvidence, Statement, gather
@@ -85,14 +87,15 @@ def assemble(evidence: Evidence, accountant: Accountant) -> AuditReport:
         audits=audits,
         lineage=words.lineage(evidence, runs, accounts),
         utility=_utility(evidence),
-        subgroup_gap="not measured: sites tell figures of all their test records together",
+        subgroup_gap=_subgroup_gap(evidence),
         verification=tuple(_verification(book) for book in evidence.books),
         hazards=words.hazards(evidence),
         non_claims=words.NON_CLAIMS,
         curves=Curves(
             epsilon=compose.epsilon_curves(evidence, accounts, accountant),
             accuracy=compose.accuracy_points([run for run in evidence.runs if run.private]),
-            metric=next((run.history.summary.utility.metric for run in evidence.runs), ""),
+            metric=next((metric_name(run.history.summary.utility.metric) for run in evidence.runs), ""),
+            lower_is_better=any(run.history.lower_is_better for run in evidence.runs),
             delta=compose.delta_curve(charges, accountant) if charges and math.isfinite(cost.value) else (),
             noise=compose.noise_rounds(accounts),
         ),
@@ -123,23 +126,46 @@ def _figures(run: RunEvidence, private: bool) -> list[Figure]:
         "personalized": f"personalised models{suffix}",
         "local_only": "local only: each site alone, without noise",
     }
+    groups: list[tuple[UtilitySummary | UnseenSummary, str]] = [(utility, "")]
+    if utility.unseen is not None:
+        groups.append((utility.unseen, f", {utility.unseen.sites} sites held out of training"))
     lines = []
-    for field, model in names.items():
-        figure = getattr(utility, field)
-        if not private and field == "local_only":
-            continue
-        lines.append(
-            Figure(
-                run=run.run,
-                model=model,
-                metric=utility.metric,
-                mean=figure.mean,
-                worst_decile=figure.worst_decile,
-                sd=figure.sd,
-                status=utility.status if figure.mean is not None else "not released",
+    for figures, whose in groups:
+        for field, model in names.items():
+            figure = getattr(figures, field)
+            if not private and field == "local_only":
+                continue
+            lines.append(
+                Figure(
+                    run=run.run,
+                    model=model + whose,
+                    metric=metric_name(utility.metric),
+                    mean=figure.mean,
+                    worst_decile=figure.worst_decile,
+                    sd=figure.sd,
+                    status=utility.status if figure.mean is not None else "not released",
+                )
             )
-        )
     return lines
+
+
+def _subgroup_gap(evidence: Evidence) -> str:
+    """Between sites, by the last figures of their personalised models; classes and columns are for level 4."""
+    said = []
+    for run in (run for run in evidence.runs if run.private):
+        rows = [(row.figures.personalized, row.name) for row in run.history.rows() if row.figures is not None]
+        found = sorted((score, name) for score, name in rows if score is not None)
+        if len(found) > 1:
+            (low, first), (high, last) = found[0], found[-1]
+            metric = metric_name(run.history.summary.utility.metric)
+            said.append(
+                f"between sites, run {run.run}: {high - low:.3f} in {metric} of the personalised models, "
+                f"from {low:.3f} ({first}) to {high:.3f} ({last}), not DP"
+            )
+    attacked = any(audit.groups for audit in evidence.audits)
+    where = "see the attacks by site, class and input above" if attacked else "privfed audit RUN --level 4 --by COLUMN"
+    said.append(f"in what personal models give away: {where}")
+    return "; ".join(said)
 
 
 def _verification(book: BookEvidence) -> Verification:

@@ -445,6 +445,8 @@ def accuracy_points(runs: Sequence[RunEvidence]) -> tuple[Point, ...]:
             bounds = [curve[place] for curve in spent.values() if math.isfinite(curve[place])]
             for model, table in tables.items():
                 scores = [curve[place] for curve in table.values() if math.isfinite(curve[place])]
+                if model == "global" and line.released is not None and line.released.score is not None:
+                    scores = [line.released.score]
                 if bounds and scores:
                     mean = sum(scores) / len(scores)
                     points.append(Point(run=run.run, round=line.round, epsilon=max(bounds), model=model, score=mean))

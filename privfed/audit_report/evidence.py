@@ -64,6 +64,7 @@ class BookEvidence:
         verified: what `verification.verify` found; None where it refused.
         failure, bad_entry: why it refused, and the first entry or signed word that does not hold.
         audits: what attacks found, as its coordinator signed it; nothing of a ledger that does not verify.
+        strangers: chains whose signer's key was not among those given.
     """
 
     path: Path
@@ -74,6 +75,7 @@ class BookEvidence:
     failure: str = ""
     bad_entry: str = ""
     audits: tuple[StatedAudit, ...] = ()
+    strangers: tuple[str, ...] = ()
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -239,7 +241,8 @@ def _book(book: Book, delta: float, accountant: Accountant) -> BookEvidence:
                 audits = statements.audits_in(verification.signed_chain(ledger, verified.sites))
     except LedgerCorrupt as error:
         failure, bad = failure or error.reason, bad or error.entry or "the file as a whole"
-    return BookEvidence(book.path, name, keys, chains, verified, failure, bad, audits)
+    strangers = tuple(verification.strangers(book, verified.sites)) if verified is not None else ()
+    return BookEvidence(book.path, name, keys, chains, verified, failure, bad, audits, strangers)
 
 
 def _run(path: Path, accountant: Accountant) -> RunEvidence:

@@ -98,12 +98,14 @@ def accuracy_plot(report: AuditReport) -> Plot | None:
             drawing.name(line, f"{model} model, run {run}")
             ends.append((*reached[-1], model))
         alone = [line.mean for line in report.utility if line.model.startswith("local only") and line.mean is not None]
+        less = report.curves.lower_is_better
+        best = (min if less else max)(alone, default=0.0)
         if alone:
-            axes.axhline(max(alone), color=LOCAL, linewidth=1.4, linestyle=(0, (4, 2.5)))
-            drawing.text(axes, "local only, not private", max(alone), colour=LOCAL)
+            axes.axhline(best, color=LOCAL, linewidth=1.4, linestyle=(0, (4, 2.5)))
+            drawing.text(axes, "local only, not private", best, colour=LOCAL)
         scores = [point.score for point in points] + alone
         room = max(0.25 * (max(scores) - min(scores)), 0.02)
-        axes.set_ylim(max(0.0, min(scores) - room), min(1.02, max(scores) + room))
+        axes.set_ylim(max(0.0, min(scores) - room), max(scores) + room if less else min(1.02, max(scores) + room))
         low, high = axes.get_ylim()
         last = sorted((score, model, epsilon) for epsilon, score, model in ends[-2:])
         for (_, model, epsilon), height in zip(last, _apart([score for score, _, _ in last], high - low), strict=True):
@@ -118,7 +120,9 @@ def accuracy_plot(report: AuditReport) -> Plot | None:
         final = "; ".join(f"{model} {score:.3f} at ε = {epsilon_text(epsilon)}" for epsilon, score, model in ends)
         desc = f"Mean {metric} of the models against ε, as the rounds go by. At the end: {final}."
         if alone:
-            desc += f" Local-only models, without noise and alone: {max(alone):.3f}."
+            desc += f" Local-only models, without noise and alone: {best:.3f}."
+        if less:
+            desc += " Less is better."
         return drawing.finish(f"ε against {metric}", desc)
 
 

@@ -303,11 +303,12 @@ class NoiseRound(Part, frozen=True, kw_only=True):
 
 
 class Curves(Part, frozen=True, kw_only=True):
-    """The numbers of the plots."""
+    """The numbers of the plots; of `metric`, less may be better."""
 
     epsilon: tuple[Curve, ...]
     accuracy: tuple[Point, ...]
     metric: str
+    lower_is_better: bool
     delta: tuple[Pair, ...]
     noise: tuple[NoiseRound, ...]
 

@@ -37,7 +37,13 @@ def page(report: AuditReport, *, paper: bool = False) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        epsilon=_epsilon, delta=_delta, figure=_figure, verdict=words.verdict_title, percent=_percent, plain=_plain
+        epsilon=_epsilon,
+        delta=_delta,
+        figure=_figure,
+        verdict=words.verdict_title,
+        percent=_percent,
+        plain=_plain,
+        figures_of=words.figures_of,
     )
     text = environment.get_template("audit.html.jinja").render(_content(report)).rstrip() + "\n"
     return _on_paper(text) if paper else text

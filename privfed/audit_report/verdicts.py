@@ -21,6 +21,7 @@ from .evidence import BookEvidence, Evidence, RunEvidence, Statement, base_run
 from .model import FILES_AS_LEFT, LEDGER_VERIFIES, ORDER, AuditResult, Finding, Opinion, Verdict
 
 _SHOWN = 5  # pieces of evidence that are named one by one
+_MOST_DELTA = 1e-3  # as a site's policy.max_delta by default
 _AGREES = 0.01  # relative; as in verification.py
 _ROUNDING = 1e-6  # relative; as a site's own budget
 
@@ -66,6 +67,7 @@ def judge(
         every_entry_is_signed(evidence.books),
         files_are_as_left(evidence),
         something_is_claimed(lines),
+        delta_is_small(evidence.delta),
         seed_is_secret(lines, evidence.runs),
         every_release_has_noise(lines),
         one_unit_is_claimed(accounts),
@@ -135,6 +137,15 @@ def signatures_are_held_against_known_keys(books: Sequence[BookEvidence]) -> Fin
             ],
             "Get the public keys from the sites, by another way than this folder, and give them with --keys FILE.",
         )
+    strangers = [f"{book.path}: no key of {name}" for book in books for name in book.strangers]
+    if strangers:
+        return _finding(
+            "keys come from the sites",
+            UNDECIDED,
+            "Some chains are signed with keys that were not given: whoever wrote them may have made the key too.",
+            strangers,
+            "Get the missing public keys from their sites, and the coordinator's, and give them all with --keys FILE.",
+        )
     return _finding(
         "keys come from the sites", SUPPORTED, "The signatures were held against keys that were given separately."
     )
@@ -193,6 +204,19 @@ def something_is_claimed(lines: Sequence[Recorded]) -> Finding | None:
         UNDECIDED,
         "No spend could be read: there is no claim to support.",
         remedy="Give the ledger, or the folder, of a run that released something.",
+    )
+
+
+def delta_is_small(delta: float) -> Finding | None:
+    """ε falls as δ rises: at a large δ any mechanism has a small ε, and so has giving whole records away at random."""
+    if delta <= _MOST_DELTA:
+        return None
+    return _finding(
+        "δ is small",
+        UNSOUND,
+        "δ is the chance that the promise fails altogether. At this size some records may be given away outright.",
+        [f"δ = {delta:g}, and at most {_MOST_DELTA:g} is sensible"],
+        "State ε at a δ far below one over the number of records.",
     )
 
 
@@ -438,7 +462,7 @@ def figures_are_covered(runs: Sequence[RunEvidence], statement: Statement) -> Fi
         measured = {
             site
             for line in run.history.rounds
-            for site, figures in line.sites.items()
+            for site, figures in (*line.sites.items(), *line.unseen.items())
             if (figures.global_score, figures.personalized, figures.local_only) != (None, None, None)
         }
         if not measured:
@@ -617,6 +641,8 @@ def _violates(audit: AuditResult, epsilon: float, delta: float) -> bool:
 def _shown(audit: AuditResult) -> str:
     claimed = "no claim" if audit.claimed_epsilon is None else f"claimed ε = {audit.claimed_epsilon:.4g}"
     sure = f"at {100 * audit.confidence:g} % confidence"
+    if audit.level == 2:  # it tests the noise's law, and bounds nothing
+        return f"level 2, {audit.name}: {audit.verdict}, {claimed}"
     return f"level {audit.level}, {audit.name}: ε ≥ {audit.epsilon_lower:.4g} {sure}, {claimed}: {audit.verdict}"
 
 

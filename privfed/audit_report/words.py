@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 from privfed.privacy.events import Gaussian, NoiseSite, PatientMixture, PoissonGaussian, PrivacyUnit, Skellam
 from privfed.report import words as run_words
+from privfed.simulation.together import FEW
 from privfed.summary import sampling
 
 from .compose import Account, multiplier
-from .evidence import Evidence
+from .evidence import Evidence, RunEvidence
 from .model import AuditResult, Claim, Execution, Fact, Lineage, Mechanism, RunLine, Scope, Verdict
 
 NOT_STATED = "not stated"
@@ -51,7 +52,7 @@ GLOSSARY = (
     ("Audit (attack)", "An attempt to tell, from the outputs, whether a unit was in the data. Success gives a lower "
      "limit for the true ε."),
     ("Colluders", "Sites that pool what they know with the server, against another site."),
-    ("Worst decile", "The mean over the tenth of the sites with the lowest figures."),
+    ("Worst decile", "The mean over the tenth of the sites with the worst figures."),
 )  # fmt: skip
 
 HAZARDS = (
@@ -142,7 +143,10 @@ def scope(evidence: Evidence) -> Scope:
         unprotected=(
             Fact(term="How many sites, and their names", value="Visible to everybody in the federation."),
             Fact(term="Who took part in which round, and when", value="Visible to the server and in this ledger."),
-            Fact(term="Columns, their ranges and the classes", value="Public: they are agreed before the run."),
+            Fact(
+                term="Columns, their ranges, and the classes or the range of what is predicted",
+                value="Public: they are agreed before the run.",
+            ),
             Fact(term="How many rounds, and all public constants", value="Public: they stand in this report."),
             Fact(
                 term="How many records a site has",
@@ -153,6 +157,32 @@ def scope(evidence: Evidence) -> Scope:
         post_processing="Whatever is computed from the noised sums alone costs nothing more: the global model, its "
         "predictions, its choice among rounds by noised figures. What looks at the records again costs again.",
     )
+
+
+_FIGURES = {
+    "guesses": "guesses made",
+    "correct": "of them right",
+    "canaries_show": "share of its effect that a canary showed",
+    "epsilon_lower_any_mechanism": "limit without assumptions on the mechanism",
+    "fpr_upper": "false alarms at most",
+    "fnr_upper": "misses at most",
+    "auc": "area under the curve",
+    "tpr_at_1_percent_fpr": "members found at 1 % false alarms",
+    "tpr_low": "at least",
+    "tpr_high": "at most",
+    "checks": "checks",
+    "failed": "failed",
+}
+
+
+def figures_of(audit: AuditResult) -> str:
+    """An attack's further numbers, in words; those that stand elsewhere on the page, or are steps, are left out."""
+    shown = [f"{text} {audit.figures[name]:.4g}" for name, text in _FIGURES.items() if name in audit.figures]
+    if audit.level in (2, 4):  # its checks stand in the note; the limits of ε's halves say nothing without a claim
+        shown = [line for line in shown if not line.startswith(("checks", "failed", "false alarms", "misses"))]
+    if audit.power is not None:
+        shown.append(f"would have noticed half of the noise with probability {audit.power:.2f}")
+    return "; ".join(shown)
 
 
 def mechanism(evidence: Evidence, accounts: Sequence[Account]) -> Mechanism:
@@ -176,10 +206,11 @@ def mechanism(evidence: Evidence, accounts: Sequence[Account]) -> Mechanism:
         bound = config.privacy.max_update_norm if client else config.privacy.max_grad_norm
         clip = f"{bound:g}" if config.privacy.clip == "fixed" else f"{bound:g} at the start, adaptive"
         facts += [
+            Fact(term=f"{prefix}Task", value=run_words.TASKS[run_words.task_name(config)]),
             Fact(term=f"{prefix}Method", value=run_words.method_name(config)),
             Fact(term=f"{prefix}Model", value=f"{run_words.model_name(config)}; no batch normalisation"),
             Fact(term=f"{prefix}Rounds planned", value=str(config.rounds)),
-            Fact(term=f"{prefix}Noise multiplier", value=f"{run.facts.noise_multiplier:.6g}"),
+            Fact(term=f"{prefix}Noise multiplier", value=_noise_multiplier(run)),
             Fact(term=f"{prefix}Clipping norm C", value=clip),
             Fact(term=f"{prefix}Sample rate", value=f"{config.privacy.rate:g}"),
             Fact(term=f"{prefix}Expected batch size", value=f"{config.privacy.expected_batch_size:g}"),
@@ -193,6 +224,19 @@ def mechanism(evidence: Evidence, accounts: Sequence[Account]) -> Mechanism:
             shown = [shown[0], "…", shown[-1]]
         facts.append(Fact(term="Noise multipliers booked", value=", ".join(shown) or "none"))
     return Mechanism(names=tuple(names), constants=tuple(facts))
+
+
+def _noise_multiplier(run: RunEvidence) -> str:
+    """σ/C of a round's smallest sum; where the budget is spent as it is given back, of all rounds."""
+    planned = f"{run.facts.noise_multiplier:.6g}"
+    levels = [line.noise_multiplier for line in run.history.rounds if line.contributed]
+    if run.history.config.privacy.schedule != "spend" or not levels:
+        return planned
+    least, most = min(levels), max(levels)
+    return (
+        f"{least:.6g} to {most:.6g}, round by round: what a sum of more sites did not need went to later rounds. Every "
+        "round is booked with its own"
+    )
 
 
 def execution(evidence: Evidence, accounts: Sequence[Account], audits: Sequence[AuditResult]) -> Execution:
@@ -255,6 +299,11 @@ def hazards(evidence: Evidence) -> tuple[str, ...]:
     points = list(HAZARDS)
     for run in evidence.runs:
         points += [point for point in run_words.not_protected(run.history) if point not in points]
+    if any(_together(run) for run in evidence.runs):
+        points.append(
+            "The simulation computed the gradients of all sites in one pass. A model made for it could use how its "
+            "sums are rounded; a site in a network computes its own."
+        )
     if any(audit.level == 4 for audit in evidence.audits):
         points.append("Personal models were attacked (level 4): see the audits. They are not covered by ε.")
     if evidence.baseline is not None:
@@ -263,3 +312,9 @@ def hazards(evidence: Evidence) -> tuple[str, ...]:
             "comparison; what it released is not covered by any ε."
         )
     return tuple(points)
+
+
+def _together(run: RunEvidence) -> bool:
+    """Whether a simulation may have computed several sites' gradients in one pass."""
+    engine, history = run.history.config.simulation.engine, run.history
+    return run.private and (engine == "cohort" or (engine == "auto" and history.summary.sites >= FEW))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import accountant_report, ledger
+from .checks import check_delta
 from .output import print_json
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def epsilon(
 
     _one_of("--accountant", accountant, (*METHODS, "all"))
     charges = _charges(noise_multiplier, sample_rate, steps, events, adjacency, sampling, unit)
-    _check_delta(delta)
+    check_delta(delta)
     ours = Accountant()
     answer = epsilon_by(accountant, charges, delta, ours)
     if plot is not None:
@@ -99,9 +100,12 @@ def delta_(
     as_json: AsJson = False,
 ) -> None:
     """δ of a mechanism at an ε."""
+    from privfed.errors import ConfigError
     from privfed.privacy.accountant import Accountant
     from privfed.privacy.opinions import delta_for
 
+    if not math.isfinite(epsilon):
+        raise ConfigError(f"--epsilon must be finite, got {epsilon:g}")
     charges = _charges(noise_multiplier, sample_rate, steps, events, adjacency, sampling, unit)
     ours = Accountant()
     delta = delta_for(epsilon, charges, ours)
@@ -133,19 +137,23 @@ def calibrate(
     as_json: AsJson = False,
 ) -> None:
     """The least noise that a target ε allows."""
+    from privfed.errors import ConfigError
     from privfed.privacy.accountant import Accountant
     from privfed.privacy.calibration import noise_multiplier_for
     from privfed.privacy.opinions import segments
 
     _check_sampling(sampling)
-    _check_delta(delta)
+    check_delta(delta)
     rates, counts = sample_rate or [1.0], steps or [1]
     ours = Accountant()
 
     def plan(noise_multiplier: float) -> "tuple[Charge, ...]":
         return segments([noise_multiplier], rates, counts)
 
-    z = noise_multiplier_for(epsilon, delta, plan, ours)
+    try:
+        z = noise_multiplier_for(epsilon, delta, plan, ours)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from None
     reached = ours.epsilon(plan(z), delta)
     if as_json:
         print_json(
@@ -180,7 +188,7 @@ def compare(
     from privfed.privacy.opinions import opinions
 
     charges = _charges(noise_multiplier, sample_rate, steps, events, adjacency, sampling, unit)
-    _check_delta(delta)
+    check_delta(delta)
     answers = opinions(charges, delta, Accountant())
     if as_json:
         print_json({"delta": delta, "unit": unit, "adjacency": adjacency, "accountants": list(answers)})
@@ -283,13 +291,6 @@ def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
 
     if value not in allowed:
         raise ConfigError(f"{option} {value}: it must be one of {', '.join(allowed)}")
-
-
-def _check_delta(delta: float) -> None:
-    from privfed.errors import ConfigError
-
-    if not 0 < delta < 1:
-        raise ConfigError(f"--delta must be between 0 and 1, got {delta:g}")
 
 
 def _print_answer(

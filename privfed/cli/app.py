@@ -41,6 +41,13 @@ def _root(
     pass
 
 
+_AFTER = {
+    "run": "what was spent stands in the ledger: go on with privfed run --resume FOLDER",
+    "study": "give the command again to go on: what is done is kept",
+    "audit": "no result was recorded unless it says so above: give the command again, its seed makes the same audit",
+}
+
+
 def main() -> None:
     """Run the command line; errors go to stderr with what to do next, and never as a traceback."""
     try:
@@ -59,7 +66,7 @@ def main() -> None:
             raise
         code = _say(str(error), known)
     if code == 130:  # typer swallows the interrupt itself
-        _say("interrupted; what was spent stands in the ledger: go on with privfed run --resume FOLDER", 130)
+        _say(f"interrupted; {_AFTER.get(next(iter(sys.argv[1:]), ''), 'nothing is lost: give the command again')}", 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 

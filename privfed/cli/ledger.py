@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .checks import check_delta
+from .exits import NOT_VERIFIED
 from .output import print_json
 
 if TYPE_CHECKING:
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
     from privfed.statements import StatedAudit
 
 Target = Annotated[Path, typer.Argument(metavar="LEDGER|RUN", help="A ledger file, or the folder of a run.")]
-Delta = Annotated[float, typer.Option("--delta", min=0.0, max=1.0, help="δ that ε is given at.")]
+Delta = Annotated[float, typer.Option("--delta", help="δ that ε is given at.")]
 Keys = Annotated[
     Path | None, typer.Option("--keys", metavar="FILE", help="JSON, name: public key in hex, got from the sites.")
 ]
@@ -26,11 +28,14 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Who has spent what, over all runs on a ledger."""
+    import json
+
     from privfed import statements, verification
     from privfed.privacy.accountant import Accountant
     from privfed.privacy.ledger import Ledger
     from privfed.seals import COORDINATOR
 
+    check_delta(delta)
     accountant, rows = Accountant(), list[dict[str, Any]]()
     with Ledger(verification.find_book(target).path) as ledger:
         audits = [_audit(stated) for stated in statements.audits_in(ledger.entries(COORDINATOR))]
@@ -66,19 +71,44 @@ def show(
         typer.echo(f"  audit of {audit['run']}, level {audit['level']}, {audit['name']}: {_result(audit)}")
     for line in listed:
         typer.echo(f"  {line['site']} {line['sequence']:>5}  {line['time']}  {line['kind']:<8} {line['run']}", nl=False)
-        typer.echo(f" round {line['round']}  {line['charges']}")
+        typer.echo(f" round {line['round']}  {json.dumps(line['charges']) if line['charges'] else ''}".rstrip())
 
 
-def verify(target: Target, delta: Delta = 1e-5, keys: Keys = None, as_json: AsJson = False) -> None:
-    """Recompute every hash, signature, root, ε, and a run's files. Exit code 4 names the first that does not hold."""
+def verify(
+    target: Target,
+    delta: Delta = 1e-5,
+    keys: Keys = None,
+    since: Annotated[
+        Path | None,
+        typer.Option("--since", metavar="EXPORT", help="An export that you kept: all of it must still be there."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Recompute every hash, signature, root, ε, and a run's files. Exit code 4 names the first that does not hold.
+
+    With --keys, every entry must be covered by a word that is signed with one of these keys.
+    """
     import dataclasses
 
-    from privfed import verification
+    from privfed import exports, verification
+    from privfed.errors import RunChanged
     from privfed.privacy.accountant import Accountant
+    from privfed.privacy.errors import LedgerCorrupt
 
+    check_delta(delta)
     book = verification.find_book(target, keys)
-    found = verification.verify(book, delta=delta, accountant=Accountant())
-    notes = (*found.notes, *verification.verify_files(book, found))
+    try:
+        found = verification.verify(book, delta=delta, accountant=Accountant())
+        notes = (*found.notes, *verification.verify_files(book, found))
+        if keys is not None:
+            verification.require_signed(book, found)
+        if since is not None:
+            exports.require_since(book.path, since)
+    except (LedgerCorrupt, RunChanged) as error:
+        if not as_json:
+            raise
+        print_json({"verified": False, "entry": getattr(error, "entry", None), "reason": str(error)})
+        raise typer.Exit(NOT_VERIFIED) from None
     rows = [
         {
             **{name: getattr(site, name) for name in ("name", "entries", "signed", "words", "insecure")},
@@ -137,6 +167,7 @@ def compose(
     from privfed.privacy.ledger import Ledger
     from privfed.seals import COORDINATOR
 
+    check_delta(delta)
     if len(targets) < 2:
         raise ConfigError("compose takes two or more ledgers; for one, use privfed accountant show")
     accountant = Accountant()
@@ -161,6 +192,7 @@ def compose(
 
 def keygen(
     out: Annotated[Path, typer.Argument(metavar="FILE", help="Where the private key goes, for its owner alone.")],
+    as_json: AsJson = False,
 ) -> None:
     """A new Ed25519 key for signing ledgers: FILE (mode 0600) and FILE.pub, which others need."""
     import os
@@ -179,6 +211,9 @@ def keygen(
         raise RunFolderError(f"{out} is there already: a key is never overwritten; give another name") from None
     except OSError as error:
         raise RunFolderError(f"can not write {out}: {error.strerror}") from None
+    if as_json:
+        print_json({"private_key_file": str(out), "public_key_file": f"{out}.pub", "public_key": public})
+        return
     typer.echo(f"private key: {out} (keep it)\npublic key:  {public}")
 
 

@@ -49,6 +49,7 @@ class RoundLine(msgspec.Struct, frozen=True):
     bytes_up_per_site: float | None = None
     noise_multiplier: float = 0.0
     sites: dict[str, SiteFigures] = {}
+    unseen: dict[str, SiteFigures] = {}
     released: ReleasedFigure | None = None
 
 

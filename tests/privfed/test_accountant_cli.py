@@ -88,10 +88,12 @@ def test_replacing_one_doubles_what_it_moves() -> None:
         (["epsilon", "-z", "1", "--delta", "0"], "between 0 and 1"),
         (["epsilon", "-z", "1", "--accountant", "gdp"], "must be one of pld, rdp, prv, all"),
         (["calibrate", "--epsilon", "-1"], "positive"),
+        (["calibrate", "--epsilon", "1e9"], "lower the target"),
+        (["delta", "--epsilon", "inf", "-z", "1"], "finite"),
     ],
 )
 def test_a_question_without_an_answer_is_refused(arguments: list[str], told: str) -> None:
-    with pytest.raises((ConfigError, NoGuarantee, ValueError), match=told):
+    with pytest.raises((ConfigError, NoGuarantee), match=told):
         ask(*arguments)
 
 
@@ -125,3 +127,16 @@ def test_a_key_is_for_its_owner_and_never_overwritten(tmp_path: Path) -> None:
     assert path.read_text().strip() not in told
     with pytest.raises(RunFolderError, match="never overwritten"):
         ask("keygen", str(path))
+
+
+@pytest.mark.parametrize("command", ["show", "verify", "compose"])
+@pytest.mark.parametrize("delta", ["0", "1", "2", "nan"])
+def test_a_delta_that_is_none_is_refused_before_any_work(command: str, delta: str) -> None:
+    with pytest.raises(ConfigError, match="--delta must be between 0 and 1"):
+        ask(command, "no-ledger", "--delta", delta)
+
+
+def test_a_new_key_is_told_to_programs_too(tmp_path: Path) -> None:
+    told = json.loads(ask("keygen", str(tmp_path / "k"), "--json"))
+    assert told["public_key"] == (tmp_path / "k.pub").read_text().strip()
+    assert told["private_key_file"] == str(tmp_path / "k") and (tmp_path / "k").read_text().strip() not in str(told)

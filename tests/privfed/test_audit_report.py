@@ -427,6 +427,32 @@ def test_personal_models_that_leave_are_unsound(local: Path, tmp_path: Path) -> 
     assert finding(stated, "personal models stay").verdict == "UNSOUND-CLAIM"
 
 
+def test_figures_of_sites_held_out_of_training_are_exact_too(local: Path) -> None:
+    """The same figures, as if they were of sites that took no part: they come from records all the same."""
+    (run,) = read(local).runs
+    rounds = tuple(msgspec.structs.replace(one, unseen=one.sites, sites={}) for one in run.history.rounds)
+    unseen = dataclasses.replace(run, history=dataclasses.replace(run.history, rounds=rounds))
+    found = verdicts.figures_are_covered([unseen], Statement())
+    assert found is not None and found.verdict == "INCONCLUSIVE"
+    found = verdicts.figures_are_covered([with_config(unseen, "evaluation", release="private")], Statement())
+    assert found is not None and found.verdict == "UNSOUND-CLAIM"
+
+
+def test_large_delta_is_unsound(good: Path, keys: Path) -> None:
+    report = build(good, keys=keys, delta=0.01)
+    assert report.verdict == "UNSOUND-CLAIM" and finding(report, "δ is small").verdict == "UNSOUND-CLAIM"
+    assert verdicts.delta_is_small(1e-3) is None
+
+
+def test_keys_of_some_sites_support_no_claim(good: Path, keys: Path) -> None:
+    some = json.loads(keys.read_text())
+    del some["hospital-1"]
+    keys.write_text(json.dumps(some))
+    report = build(good, keys=keys)
+    told = finding(report, "keys come from the sites")
+    assert told.verdict == report.verdict == "INCONCLUSIVE" and "no key of hospital-1" in told.evidence[0]
+
+
 def test_accountants_must_agree() -> None:
     def opinion(name: str, value: float | None) -> Opinion:
         return Opinion(accountant=name, epsilon=value, tolerance=0.0, note="why")
@@ -585,6 +611,39 @@ def test_same_files_give_the_same_report(good: Path) -> None:
 
 
 # The JSON form
+
+
+def test_figures_of_every_task_are_named_and_drawn(tmp_path: Path, good: Path) -> None:
+    """Of an error less is better: the best is the least, and it may be above one."""
+    report = build(good)
+    points = tuple(
+        audit_report.model.Point(run="r", round=number, epsilon=1.0 + number, model="global", score=9.0 - number)
+        for number in range(3)
+    )
+    curves = msgspec.structs.replace(report.curves, accuracy=points, metric="mean absolute error", lower_is_better=True)
+    drawn = figures.accuracy_plot(msgspec.structs.replace(report, curves=curves))
+    assert drawn is not None and "Less is better" in drawn.desc and "global 7.000" in drawn.desc
+
+
+def test_released_figures_are_drawn_and_spent_noise_is_told(tmp_path: Path) -> None:
+    folder = make_run(
+        tmp_path / "spent", "method.name='fedsgd'", "privacy.noise='distributed'", "privacy.target_epsilon=2",
+        "rounds=3", "privacy.schedule='spend'", "evaluation.release='private'",
+    )  # fmt: skip
+    report = build(folder)
+    told = {fact.term: fact.value for fact in report.mechanism.constants}["Noise multiplier"]
+    levels = [one.noise_multiplier for one in read(folder).runs[0].history.rounds]
+    assert told.startswith(f"{min(levels):.6g} to {max(levels):.6g}, round by round")
+    assert finding(report, "booked as configured").verdict == "CLAIM-SUPPORTED"
+    assert [point.model for point in report.curves.accuracy] == ["global"] * 3
+    assert finding(report, "figures are covered").verdict == "CLAIM-SUPPORTED"
+
+
+def test_gap_between_sites_and_figures_of_held_out_sites_are_told(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "held", "privacy.noise_multiplier=4", "evaluation.unseen_sites=['hospital-5']")
+    report = build(folder)
+    assert re.search(r"between sites, run .*: \d\.\d{3} in accuracy of the personalised models", report.subgroup_gap)
+    assert sum("1 sites held out of training" in line.model for line in report.utility) == 3
 
 
 def test_schema_is_the_published_one() -> None:

@@ -296,6 +296,64 @@ def test_an_unfinished_run_says_that_nothing_is_bound(run: Path, tmp_path: Path)
     )
 
 
+def test_chains_written_anew_without_any_word_are_found_by_whoever_has_keys(audited: Path, tmp_path: Path) -> None:
+    """All words are taken out, the last entry of a site too, and SQLite's counts agree: nothing else tells."""
+    keys_of_sites = shutil.copy(audited / "keys.json", tmp_path / "keys-from-the-sites.json")
+    bare = Path(shutil.copytree(audited, tmp_path / "bare"))
+    tamper(bare, "DELETE FROM statements", "UPDATE sqlite_sequence SET seq = 0 WHERE name = 'statements'")
+    verification.verify(verification.find_book(bare / "ledger.db"), delta=1e-5, accountant=ACCOUNTANT)
+    told = CliRunner().invoke(app, ["accountant", "verify", str(bare / "ledger.db"), "--keys", str(keys_of_sites)])
+    assert isinstance(told.exception, LedgerCorrupt) and exit_code(told.exception) == 4
+    assert "'coordinator', entry 1: no signed word covers it" in str(told.exception)
+
+
+def test_keys_of_some_sites_vouch_for_no_others(audited: Path, tmp_path: Path) -> None:
+    some = json.loads((audited / "keys.json").read_text())
+    del some["hospital-2"]
+    (tmp_path / "some.json").write_text(json.dumps({**some, "hospital-9": some["hospital-1"]}))
+    book = verification.find_book(audited, tmp_path / "some.json")
+    found = verification.verify(book, delta=1e-5, accountant=ACCOUNTANT)
+    assert any(note.startswith("hospital-2: its key is not among those given") for note in found.notes)
+    assert any(note.startswith("hospital-9: it has a key and no chain") for note in found.notes)
+    with pytest.raises(LedgerCorrupt, match=r"'hospital-2', entry 1: there is no key of its chain"):
+        verification.require_signed(book, found)
+
+
+def test_an_older_copy_is_found_by_whoever_kept_an_export(run: Path, audited: Path, tmp_path: Path) -> None:
+    """An audit found a violation; ledger and folder are put back to before it, and hold by themselves."""
+
+    def verified(path: Path, *more: str) -> Result:
+        return CliRunner().invoke(app, ["accountant", "verify", str(path), *more])
+
+    kept = tmp_path / "kept.jsonl"
+    assert CliRunner().invoke(app, ["accountant", "export", str(audited), "--out", str(kept)]).exit_code == 0
+    assert verified(audited, "--since", str(kept)).exit_code == 0
+    assert verified(run).exit_code == 0
+    told = verified(run, "--since", str(kept))
+    assert isinstance(told.exception, LedgerCorrupt) and "'coordinator', entry 5" in str(told.exception)
+    as_json = verified(run, "--since", str(kept), "--json")
+    said = json.loads(as_json.stdout)
+    assert as_json.exit_code == 4 and said["verified"] is False and said["entry"] == "site 'coordinator', entry 5"
+
+    before = tmp_path / "before.jsonl"
+    assert CliRunner().invoke(app, ["accountant", "export", str(run), "--out", str(before)]).exit_code == 0
+    assert verified(audited, "--since", str(before)).exit_code == 0  # it has grown, and that is all
+    for text in ("", "{}", "[1]\n2", '{"format": "privfed-ledger-export/1"}'):
+        before.write_text(text)
+        with pytest.raises(RunFolderError, match="no export"):
+            exports.require_since(audited / "ledger.db", before)
+    lines = kept.read_text().splitlines()
+    kept.write_text(lines[0].replace('"ledger": "', '"ledger": "0'))
+    with pytest.raises(LedgerCorrupt, match="of ledger 0"):
+        exports.require_since(audited / "ledger.db", kept)
+
+
+def test_a_ledger_that_does_not_verify_is_told_to_programs_too(copy: Path) -> None:
+    tamper(copy, "DELETE FROM entries WHERE site = 'hospital-2' AND sequence = 3")
+    told = CliRunner().invoke(app, ["accountant", "verify", str(copy), "--json"])
+    assert told.exit_code == 4 and json.loads(told.stdout)["verified"] is False
+
+
 def resigned(path: Path, change: Callable[[Seal], Seal], private: bytes, site: str) -> None:
     """Have one site's words changed and signed anew by whoever holds ``private``."""
     with Ledger(path / "ledger.db") as ledger:
