@@ -35,10 +35,11 @@ class Options:
     quick: bool
     json: Path | None
     check: bool
+    rows: Path | None = None
 
 
-def parse(description: str | None, arguments: Sequence[str] | None = None) -> Options:
-    """The options every benchmark has; `description` is its module docstring."""
+def parse(description: str | None, arguments: Sequence[str] | None = None, *, resumable: bool = False) -> Options:
+    """The options every benchmark has; `description` is its module docstring. ``resumable`` ones have --rows too."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -47,8 +48,11 @@ def parse(description: str | None, arguments: Sequence[str] | None = None) -> Op
     parser.add_argument(
         "--check", action="store_true", help="compare with the bars; exit 1 naming those that fall short"
     )
+    if resumable:
+        parser.add_argument("--rows", type=Path, metavar="DIR", help="keep finished rows here, and go on from them")
     given = parser.parse_args(arguments)
-    return Options(quick=given.quick, json=given.json, check=given.check)
+    rows = given.rows if resumable else None
+    return Options(quick=given.quick, json=given.json, check=given.check, rows=rows)
 
 
 @dataclass(frozen=True)
