@@ -3,12 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run test lint fuzz clean
+.PHONY: run test test-full lint fuzz clean
 run: .venv/.ready
 	$(BIN)/privfed run
 
 test: .venv/.ready-dev
 	$(BIN)/pytest -n 2
+
+# Every method under every unit, noise, engine and aggregation, where `test` has each two of them once; ten minutes more.
+test-full: .venv/.ready-dev
+	$(BIN)/pytest -n 2 --full
 
 lint: .venv/.ready-dev
 	$(BIN)/ruff check privfed privacy crypto benchmarks tests
