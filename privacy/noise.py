@@ -91,7 +91,8 @@ def release_each(
     dtype: torch.dtype,
 ) -> Tensor:
     """``dtype`` [K, P]: `release` of row k of ``clipped_sums`` with generator k, bit for bit, before it is rounded."""
-    answers, sums = torch.empty_like(clipped_sums, dtype=dtype), clipped_sums.numpy()
+    sums, answers = clipped_sums.numpy(), torch.empty_like(clipped_sums, dtype=dtype)
+    rows = answers.numpy()
     at_once = max(1, _IN_CACHE // max(1, sums.shape[1]))
     room = np.empty((min(at_once, len(sums)), sums.shape[1]))
     for low in range(0, len(sums), at_once):
@@ -100,8 +101,7 @@ def release_each(
             source.standard_normal(out=row)
         noise *= noise_multiplier * max_grad_norm
         noise += sums[low : low + at_once]
-        noise /= expected_batch_size
-        answers[low : low + at_once] = torch.from_numpy(noise)
+        np.divide(noise, expected_batch_size, out=rows[low : low + at_once], casting="unsafe")
     return answers
 
 
