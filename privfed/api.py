@@ -137,6 +137,7 @@ def run(
     ledger: Path | str | None = None,
     observer: Observer | None = None,
     prepared: Preparation | None = None,
+    report: bool = True,
 ) -> Run:
     """Run a whole federation in this process.
 
@@ -146,6 +147,7 @@ def run(
         ledger: an existing ledger to go on with, so that ε composes over runs; default a new one in the folder.
         observer: called with every round's report as it ends.
         prepared: what `prepare` gave for this configuration, if it was called before.
+        report: leave ``report.html`` too; it can be made of the folder later.
 
     Returns:
         The run. ``run.summary.complete`` tells whether all rounds were done.
@@ -164,7 +166,7 @@ def run(
     book = folder.LEDGER if ledger is None else os.fspath(Path(ledger).absolute())
     facts = RunFacts(run=name, ledger=book, noise_multiplier=ready.noise_multiplier, side_noise=ready.side_noise)
     home = RunFolder.create(path, facts, config_io.to_toml(config))
-    return _drive(ready, home, observer)
+    return _drive(ready, home, observer, report=report)
 
 
 def prepare_resumed(path: Path | str) -> Preparation:
@@ -174,7 +176,13 @@ def prepare_resumed(path: Path | str) -> Preparation:
     return prepare(config, facts=home.facts())
 
 
-def resume(path: Path | str, *, observer: Observer | None = None, prepared: Preparation | None = None) -> Run:
+def resume(
+    path: Path | str,
+    *,
+    observer: Observer | None = None,
+    prepared: Preparation | None = None,
+    report: bool = True,
+) -> Run:
     """Go on with an interrupted run where it stopped. A round that was cut short is the same round again.
 
     A run that has ended stays as it is.
@@ -183,16 +191,17 @@ def resume(path: Path | str, *, observer: Observer | None = None, prepared: Prep
         path: the run's folder.
         observer: called with every further round's report.
         prepared: what `prepare_resumed` gave, if it was called before.
+        report: as of `run`.
 
     Raises:
         RunFolderError: the folder is damaged or in use; it says what. Nothing was changed.
         DataError: the records are no longer those that the run began with.
         LedgerCorrupt: the ledger does not verify.
     """
-    return _drive(prepared or prepare_resumed(path), RunFolder.open(Path(path)), observer)
+    return _drive(prepared or prepare_resumed(path), RunFolder.open(Path(path)), observer, report=report)
 
 
-def _drive(ready: Preparation, home: RunFolder, observer: Observer | None) -> Run:
+def _drive(ready: Preparation, home: RunFolder, observer: Observer | None, *, report: bool) -> Run:
     """Do the rounds that are left, from the folder's checkpoint or from the start."""
     config = ready.config
     torch.set_num_threads(config.simulation.threads)
@@ -200,7 +209,7 @@ def _drive(ready: Preparation, home: RunFolder, observer: Observer | None) -> Ru
     facts = home.facts()
     with home.locked():
         if (home.path / folder.SUMMARY).exists():
-            return _ended(home)
+            return _ended(home, report=report)
         # All that could be wrong with the folder is found here, before anything is written
         home.require_whole()
         checkpoint = home.load_checkpoint()
@@ -264,7 +273,7 @@ def _drive(ready: Preparation, home: RunFolder, observer: Observer | None) -> Ru
                     observer(report)
             seconds = earlier + (datetime.now(UTC) - started).total_seconds()
             summary = _summarised(ready, federation, consortium, reports, seconds)
-            _leave(ready, home, kept or federation.state, consortium, summary)
+            _leave(ready, home, kept or federation.state, consortium, summary, report=report)
     return Run(home.path, summary, tuple(reports), (kept or federation.state)["theta"])
 
 
@@ -304,7 +313,7 @@ def _summarised(
     )
 
 
-def _ended(home: RunFolder) -> Run:
+def _ended(home: RunFolder, *, report: bool) -> Run:
     """The run that has ended in this folder, as it stands."""
     checkpoint = home.load_checkpoint()
     if checkpoint is None:
@@ -312,7 +321,7 @@ def _ended(home: RunFolder) -> Run:
             f"{home.path} has a {folder.SUMMARY} and no {folder.CHECKPOINT}: restore it from your copy"
         )
     reports = tuple(report_of(line) for line in home.metrics(checkpoint.next_round))
-    _close_folder(home)
+    _close_folder(home, report=report)
     return Run(home.path, _summary(home), reports, (checkpoint.kept or checkpoint.server)["theta"])
 
 
@@ -343,7 +352,9 @@ def _same_spending(home: RunFolder, config: Config, reports: Sequence[RoundRepor
                 )
 
 
-def _leave(ready: Preparation, home: RunFolder, state: State, consortium: Consortium, summary: Summary) -> None:
+def _leave(
+    ready: Preparation, home: RunFolder, state: State, consortium: Consortium, summary: Summary, *, report: bool
+) -> None:
     """Write what a finished run leaves, and erase what only an unfinished one needs."""
     model = build_model(ready.config, ready.schema)
 
@@ -367,13 +378,13 @@ def _leave(ready: Preparation, home: RunFolder, state: State, consortium: Consor
     consortium.witness.ended(summary.run, digests)
     home.write(folder.SUMMARY, text)
     consortium.close()
-    _close_folder(home)
+    _close_folder(home, report=report)
 
 
-def _close_folder(home: RunFolder) -> None:
+def _close_folder(home: RunFolder, *, report: bool) -> None:
     """What comes after the summary; done again if a kill came in between."""
     (home.path / folder.JOURNAL).unlink(missing_ok=True)  # the last round's seeds: nothing will be done again
-    if not (home.path / folder.REPORT).exists():
+    if report and not (home.path / folder.REPORT).exists():
         home.write(folder.REPORT, render(home.path))
 
 

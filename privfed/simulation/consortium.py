@@ -42,11 +42,13 @@ class Consortium:
     witness: Witness
     server_key: bytes = field(repr=False)
     journal: Journal = field(repr=False)
+    journal_file: JournalFile = field(repr=False)
 
     def close(self) -> None:
-        """The run is over."""
-        for site in self.sites.values():
-            site.close()
+        """The run is over: what could replay its last round is erased, at once for all sites."""
+        with self.journal_file.together():
+            for site in self.sites.values():
+                site.close()
 
 
 @contextmanager
@@ -133,7 +135,7 @@ def open_consortium(
         members_of_ledger = {name: identities[name].member.ledger_key for name in sites}
         witness = Witness(book, keyring.site_key(key, COORDINATOR, "ledger"), members_of_ledger)
         server_key = noise.derive_key(key, b"coordinator")
-        yield Consortium(sites, roster, engine, witness, server_key, SQLiteJournal(answered, ""))
+        yield Consortium(sites, roster, engine, witness, server_key, SQLiteJournal(answered, ""), answered)
 
 
 def members(config: Config, data: Sites) -> list[str]:

@@ -85,15 +85,15 @@ def _run_cell(number: int, text: str, path: str) -> tuple[int, str | None, bool]
 
     home = Path(path)
     try:
-        if (home / folder.SUMMARY).exists():
+        if (home / folder.SUMMARY).exists() and not (home / folder.JOURNAL).exists():
             return number, None, True
         (home / FAILURE).unlink(missing_ok=True)
         if (home / folder.RUN).exists():
-            api.resume(home)
+            api.resume(home, report=False)
             return number, None, True
         for leftover in home.glob("*") if home.exists() else ():  # of a kill before the run had begun
             leftover.unlink()
-        api.run(config_io.decode(tomllib.loads(text)), out=home)
+        api.run(config_io.decode(tomllib.loads(text)), out=home, report=False)
     except Exception as error:
         known = isinstance(error, PrivfedError | ValueError)
         reason = str(error) if known else f"{type(error).__name__}: {error}"
