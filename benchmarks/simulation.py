@@ -2,8 +2,8 @@
 
 The peers' noise is torch's (float32, Mersenne Twister, 32 bits of seed), which nobody should trust and which is fast; a
 run's own is ChaCha20 in float64 (`noise.generator`), which takes several times as long. So "ours" stands here three
-times: as `privfed run` computes it, with a fast generator, and with the peers' arithmetic and the peers' noise. The bars
-hold the last one, which does what the peers do; the floor has that noise too.
+times: as `privfed run` computes it, with a fast generator, and with the peers' arithmetic and noise. The bars hold
+the last one, which does what the peers do; the floor has that noise too.
 
     python benchmarks/simulation.py [--quick] [--json FILE] [--check]
 

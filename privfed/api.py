@@ -166,7 +166,7 @@ def run(
     book = folder.LEDGER if ledger is None else os.fspath(Path(ledger).absolute())
     facts = RunFacts(run=name, ledger=book, noise_multiplier=ready.noise_multiplier, side_noise=ready.side_noise)
     home = RunFolder.create(path, facts, config_io.to_toml(config))
-    return _drive(ready, home, observer, report=report)
+    return _drive(ready, home, observer, page=report)
 
 
 def prepare_resumed(path: Path | str) -> Preparation:
@@ -198,10 +198,10 @@ def resume(
         DataError: the records are no longer those that the run began with.
         LedgerCorrupt: the ledger does not verify.
     """
-    return _drive(prepared or prepare_resumed(path), RunFolder.open(Path(path)), observer, report=report)
+    return _drive(prepared or prepare_resumed(path), RunFolder.open(Path(path)), observer, page=report)
 
 
-def _drive(ready: Preparation, home: RunFolder, observer: Observer | None, *, report: bool) -> Run:
+def _drive(ready: Preparation, home: RunFolder, observer: Observer | None, *, page: bool) -> Run:
     """Do the rounds that are left, from the folder's checkpoint or from the start."""
     config = ready.config
     torch.set_num_threads(config.simulation.threads)
@@ -209,7 +209,7 @@ def _drive(ready: Preparation, home: RunFolder, observer: Observer | None, *, re
     facts = home.facts()
     with home.locked():
         if (home.path / folder.SUMMARY).exists():
-            return _ended(home, report=report)
+            return _ended(home, page=page)
         # All that could be wrong with the folder is found here, before anything is written
         home.require_whole()
         checkpoint = home.load_checkpoint()
@@ -273,7 +273,7 @@ def _drive(ready: Preparation, home: RunFolder, observer: Observer | None, *, re
                     observer(report)
             seconds = earlier + (datetime.now(UTC) - started).total_seconds()
             summary = _summarised(ready, federation, consortium, reports, seconds)
-            _leave(ready, home, kept or federation.state, consortium, summary, report=report)
+            _leave(ready, home, kept or federation.state, consortium, summary, page=page)
     return Run(home.path, summary, tuple(reports), (kept or federation.state)["theta"])
 
 
@@ -313,7 +313,7 @@ def _summarised(
     )
 
 
-def _ended(home: RunFolder, *, report: bool) -> Run:
+def _ended(home: RunFolder, *, page: bool) -> Run:
     """The run that has ended in this folder, as it stands."""
     checkpoint = home.load_checkpoint()
     if checkpoint is None:
@@ -321,7 +321,7 @@ def _ended(home: RunFolder, *, report: bool) -> Run:
             f"{home.path} has a {folder.SUMMARY} and no {folder.CHECKPOINT}: restore it from your copy"
         )
     reports = tuple(report_of(line) for line in home.metrics(checkpoint.next_round))
-    _close_folder(home, report=report)
+    _close_folder(home, page=page)
     return Run(home.path, _summary(home), reports, (checkpoint.kept or checkpoint.server)["theta"])
 
 
@@ -353,7 +353,7 @@ def _same_spending(home: RunFolder, config: Config, reports: Sequence[RoundRepor
 
 
 def _leave(
-    ready: Preparation, home: RunFolder, state: State, consortium: Consortium, summary: Summary, *, report: bool
+    ready: Preparation, home: RunFolder, state: State, consortium: Consortium, summary: Summary, *, page: bool
 ) -> None:
     """Write what a finished run leaves, and erase what only an unfinished one needs."""
     model = build_model(ready.config, ready.schema)
@@ -378,13 +378,13 @@ def _leave(
     consortium.witness.ended(summary.run, digests)
     home.write(folder.SUMMARY, text)
     consortium.close()
-    _close_folder(home, report=report)
+    _close_folder(home, page=page)
 
 
-def _close_folder(home: RunFolder, *, report: bool) -> None:
+def _close_folder(home: RunFolder, *, page: bool) -> None:
     """What comes after the summary; done again if a kill came in between."""
     (home.path / folder.JOURNAL).unlink(missing_ok=True)  # the last round's seeds: nothing will be done again
-    if report and not (home.path / folder.REPORT).exists():
+    if page and not (home.path / folder.REPORT).exists():
         home.write(folder.REPORT, render(home.path))
 
 

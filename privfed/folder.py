@@ -64,6 +64,22 @@ class Checkpoint(msgspec.Struct, frozen=True):
     shared: Mapping[str, State] = {}
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the folder ``path`` for one process; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        RunFolderError: another process is at work in it.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    with os.fdopen(os.open(path / LOCK, flags, 0o600), "r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunFolderError(f"another process is running in {path}: wait for it or stop it") from None
+        yield
+
+
 class RunFolder:
     """One run's files."""
 
@@ -137,12 +153,7 @@ class RunFolder:
         Raises:
             RunFolderError: another process is at work in it.
         """
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        with os.fdopen(os.open(self.path / LOCK, flags, 0o600), "r+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RunFolderError(f"another process is running in {self.path}: wait for it or stop it") from None
+        with locked(self.path):
             yield
 
     def facts(self) -> RunFacts:

@@ -6,16 +6,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from privfed import config_io, folder
-from privfed.errors import ConfigError, PrivfedError
+from privfed.errors import PrivfedError, RunFolderError
 
+from .backends import ended
 from .plan import Cell
 
 CELLS, FAILURE = "cells", "failed.json"
-Context = contextlib.AbstractContextManager[object]
-BACKENDS = ("loky", "sequential", "ray", "dask")
 
 
 @dataclass(frozen=True)
@@ -48,80 +46,57 @@ def run_study(
 
     Args:
         cells: what `plan.cells` gave.
-        home: the study's folder.
+        home: the study's folder. A cluster's workers must see it, and the records, under the same paths.
         jobs: cells at a time.
         backend: "loky" (processes of this machine), "sequential", "ray" or "dask".
-        address: of the cluster, for the last two.
+        address: of the cluster, for the last two; default one of this machine's own, for as long as the study runs.
         observer: called with each cell as it ends.
 
     Raises:
-        ConfigError: the backend is not there.
+        ConfigError, PrivfedError: from `ended`.
+        RunFolderError: the study runs in this folder already, or nothing can be written there.
     """
-    import joblib
-
-    root = home / CELLS
-    root.mkdir(parents=True, exist_ok=True)
-    texts = [(cell, config_io.to_toml(cell.config)) for cell in cells]
-    finished: list[Done] = []
-    with _backend(backend, address):
-        tasks = joblib.Parallel(
-            n_jobs=1 if backend == "sequential" else jobs,
-            backend=None if backend in ("ray", "dask") else backend,
-            return_as="generator_unordered" if backend in ("loky",) else "generator",
-            batch_size=1,
-        )(joblib.delayed(_run_cell)(number, text, str(root / cell.id)) for number, (cell, text) in enumerate(texts))
-        for number, error, resumed in tasks:
-            done = Done(cells[number], error, resumed)
-            finished.append(done)
-            observer(done)
-    return tuple(sorted(finished, key=lambda done: cells.index(done.cell)))
+    root = home.absolute() / CELLS  # a cluster's workers stand elsewhere
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"can not write into {home}: {error.strerror}") from None
+    tasks = [(config_io.to_toml(cell.config), str(root / cell.id)) for cell in cells]
+    finished: dict[int, Done] = {}
+    with folder.locked(home):  # of two at once one would take the other's new cells for leftovers
+        for number, outcome in ended(backend, address, jobs, _run_cell, tasks):
+            failed, resumed = (f"its worker was lost ({outcome})", False) if isinstance(outcome, Exception) else outcome
+            if failed is None and not (root / cells[number].id / folder.SUMMARY).exists():
+                failed = f"it ended where {root} is another folder: a cluster's workers must see this one"
+            finished[number] = Done(cells[number], failed, resumed)
+            observer(finished[number])
+    return tuple(finished[number] for number in range(len(cells)))
 
 
-def _run_cell(number: int, text: str, path: str) -> tuple[int, str | None, bool]:
-    """One cell in a worker: what it needs travels as text."""
+def _run_cell(task: tuple[str, str]) -> tuple[str | None, bool]:
+    """One cell in a worker: what it needs travels as text. Why it failed, and whether it had ended or begun before."""
     import tomllib
 
     from privfed import api
 
+    text, path = task
     home = Path(path)
     try:
         if (home / folder.SUMMARY).exists() and not (home / folder.JOURNAL).exists():
-            return number, None, True
+            return None, True
         (home / FAILURE).unlink(missing_ok=True)
         if (home / folder.RUN).exists():
             api.resume(home, report=False)
-            return number, None, True
+            return None, True
         for leftover in home.glob("*") if home.exists() else ():  # of a kill before the run had begun
             leftover.unlink()
         api.run(config_io.decode(tomllib.loads(text)), out=home, report=False)
     except Exception as error:
         known = isinstance(error, PrivfedError | ValueError)
         reason = str(error) if known else f"{type(error).__name__}: {error}"
-        home.mkdir(parents=True, exist_ok=True)
         trace = None if known else traceback.format_exc()
-        (home / FAILURE).write_text(json.dumps({"error": reason, "traceback": trace}, indent=2), encoding="utf-8")
-        return number, reason, False
-    return number, None, False
-
-
-def _backend(name: str, address: str | None) -> Context:
-    """joblib's context for a cluster that the user has; nothing for processes of this machine."""
-    import joblib
-
-    if name not in BACKENDS:
-        raise ConfigError(f"--backend {name}: it must be one of {', '.join(BACKENDS)}")
-    if name in ("loky", "sequential"):
-        return contextlib.nullcontext()
-    try:
-        if name == "ray":
-            import ray
-            from ray.util.joblib import register_ray
-
-            ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
-            register_ray()
-            return cast(Context, joblib.parallel_config(backend="ray"))
-        from dask.distributed import Client
-
-        return cast(Context, joblib.parallel_config(backend="dask", client=Client(address)))
-    except ImportError as error:
-        raise ConfigError(f"--backend {name} needs its package: pip install {name} ({error})") from None
+        with contextlib.suppress(OSError):  # a full disk, which may be the reason
+            home.mkdir(parents=True, exist_ok=True)
+            (home / FAILURE).write_text(json.dumps({"error": reason, "traceback": trace}, indent=2), encoding="utf-8")
+        return reason, False
+    return None, False

@@ -1,9 +1,12 @@
 """A study: what it asks, what survives a kill, what it says."""
 
+import errno
 import json
 import math
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,11 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+from privfed import folder
 from privfed.cli.app import app
-from privfed.errors import ConfigError
+from privfed.errors import ConfigError, PrivfedError, RunFolderError
 from privfed.study import Cell, Study, cells, collect, load_study, results, run_study
+from privfed.study.backends import ended
 from privfed.study.page import page
 from privfed.study.runner import CELLS, FAILURE
 
@@ -134,6 +139,7 @@ def test_a_second_call_does_nothing_again_and_goes_on_where_a_kill_came(
         (young / name).unlink(missing_ok=True)  # killed before the run had begun
     finished = run_study(todo, copy, backend="sequential")
     assert [cell.resumed for cell in finished] == [False, False, *[True] * 6]
+    assert not list(copy.glob(f"{CELLS}/*/{folder.REPORT}"))  # `privfed report` makes one where it is wanted
     after = collect(study, todo, copy).runs
     untouched = before.columns.difference(["seconds"])
     pd.testing.assert_frame_equal(before[untouched][2:], after[untouched][2:])
@@ -159,6 +165,64 @@ def test_a_table_of_one_seed_has_no_interval() -> None:
 def test_a_backend_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must be one of loky"):
         run_study((), tmp_path, backend="slurm")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the clusters' own
+@pytest.mark.parametrize(("backend", "package"), [("ray", "ray"), ("dask", "distributed")])
+def test_a_cluster_runs_the_cells(backend: str, package: str, tmp_path: Path) -> None:
+    pytest.importorskip(package)
+    study = Study(seeds=(0, 1), common={**COMMON, "method.name": "fedavg"}, cases={"good": {}})
+    todo = (*cells(study, tmp_path), *cells(Study(common={**COMMON, "privacy.unit": "patient"}), tmp_path))
+    told: list[str] = []
+    done = run_study(todo, tmp_path, jobs=2, backend=backend, observer=lambda cell: told.append(cell.cell.id))
+    assert [cell.cell for cell in done] == list(todo) and sorted(told) == sorted(cell.id for cell in todo)
+    assert [cell.error is None for cell in done] == [True, True, False] and "data.patient" in (done[2].error or "")
+    assert collect(study, todo[:2], tmp_path).runs["error"].isna().all()
+
+
+def _work(task: int) -> int:
+    if task == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return task
+
+
+def test_a_killed_worker_ends_the_study_with_what_to_do() -> None:
+    with pytest.raises(PrivfedError, match="fewer --jobs"):
+        list(ended("loky", None, 2, _work, [0, 1]))
+
+
+def test_two_at_once_in_one_folder_are_one(done: tuple[Study, tuple[Cell, ...], Path]) -> None:
+    _, todo, home = done
+    with folder.locked(home), pytest.raises(RunFolderError, match="another process"):
+        run_study(todo, home, backend="sequential")
+
+
+def test_a_folder_that_takes_nothing_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match="can not write"):
+        run_study((), tmp_path / "file", backend="sequential")
+
+
+def test_a_cell_whose_failure_can_not_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("privfed.api.run", full)
+    (told,) = run_study(cells(Study(common=COMMON), tmp_path), tmp_path, backend="sequential")
+    assert told.error is not None and "No space left" in told.error
+
+
+def test_a_run_that_ended_and_was_not_cleared_is_cleared(
+    done: tuple[Study, tuple[Cell, ...], Path], tmp_path: Path
+) -> None:
+    _, todo, home = done
+    shutil.copytree(home / CELLS / todo[0].id, tmp_path / CELLS / todo[0].id)
+    left = tmp_path / CELLS / todo[0].id / folder.JOURNAL
+    left.write_bytes(b"seeds of the last round")  # killed between the summary and the end
+    (ended_,) = run_study(todo[:1], tmp_path, backend="sequential")
+    assert ended_.error is None and ended_.resumed and not left.exists()
 
 
 def test_the_command_lists_runs_and_prints_one_object(tmp_path: Path) -> None:
