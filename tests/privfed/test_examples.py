@@ -10,6 +10,7 @@ from privfed import config_io
 from privfed.data.files import DATA_FOLDER, find_file
 from privfed.data.tables import Table
 from privfed.errors import DataError
+from privfed.study import cells, load_study
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -29,7 +30,18 @@ def needs(data: Table) -> None:
             pytest.skip(f"{file} is not in {folder if folder else f'data/, and {DATA_FOLDER} is not set'}")
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.name)
+STUDIES = sorted(EXAMPLES.glob("*_study.toml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
+def test_every_study_is_of_runs_that_could_be(path: Path) -> None:
+    todo = cells(load_study(path), path.parent)
+    assert len(todo) == 60
+    for cell in todo:
+        assert cell.config.method.guarantee(cell.config.privacy.unit, cell.config.privacy.noise) is None
+
+
+@pytest.mark.parametrize("path", sorted({*EXAMPLES.glob("*.toml")} - {*STUDIES}), ids=lambda path: path.name)
 def test_every_example_reads_and_reads_back(path: Path) -> None:
     config = config_io.load_config(path)
     assert config_io.decode(tomllib.loads(config_io.to_toml(config))) == config
