@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from . import accountant, audit, data, predict, report, run, study
+from . import accountant, audit, consortium, coordinator, data, predict, report, run, site, study
 from .exits import BAD_USAGE, FAILED, exit_code
 
 app = typer.Typer(
@@ -24,6 +24,9 @@ app.command("predict")(predict.command)
 app.command("audit")(audit.command)
 app.add_typer(accountant.app, name="accountant")
 app.add_typer(data.app, name="data")
+app.add_typer(consortium.app, name="consortium")
+app.add_typer(site.app, name="site")
+app.add_typer(coordinator.app, name="coordinator")
 
 
 def _version(asked: bool) -> None:

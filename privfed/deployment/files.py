@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -70,17 +71,27 @@ def parse_toml(text: bytes, kind: type[T], where: object) -> T:
 
 
 @contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
+def locked(path: Path, what: str, wait_seconds: float = 0.0) -> Iterator[None]:
     """Holds ``path`` for one process; the system lets go of it when the process ends, however it ends.
+
+    Args:
+        what: it stands for, in words.
+        wait_seconds: how long another process may take to let go.
 
     Raises:
         DeploymentError: another process has it.
     """
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+") as file:
-        try:
-            flock(file, LOCK_EX | LOCK_NB)
-        except OSError:
-            raise DeploymentError(f"another process is at work in {what}: wait for it, or stop it") from None
+        end = time.monotonic() + wait_seconds
+        while True:
+            try:
+                flock(file, LOCK_EX | LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() >= end:
+                    reason = f"another process is at work in {what}: wait for it, or stop it"
+                    raise DeploymentError(reason) from None
+            time.sleep(0.1)
         yield
 
 

@@ -57,7 +57,7 @@ def login(kit: Path) -> Any | None:
         return None
     # Its progress is for nobody's standard output; and it raises bare exceptions for a server that is not up
     with suppress(Exception), redirect_stdout(sys.stderr):
-        return new_secure_session(kit.name, str(kit), timeout=3.0, auto_login_max_tries=1)
+        return new_secure_session(admin["username"], str(kit), timeout=3.0, auto_login_max_tries=1)
     return None
 
 

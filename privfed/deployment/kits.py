@@ -6,15 +6,18 @@ together again where the key is (``nvflare package``). Central provisioning woul
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.x509 import load_pem_x509_certificate
+from cryptography.x509.oid import NameOID
 
 from . import files
 from .files import DeploymentError
@@ -107,6 +110,24 @@ def approve(authority: Path, asked: Path, signed: Path) -> Path:
     return signed
 
 
+def require_site(signed: Path, name: str) -> None:
+    """Return if what the CA signed is a site's certificate in this name: a request could ask to be a server's.
+
+    Raises:
+        DeploymentError: it is another's; it must not go out.
+    """
+    with zipfile.ZipFile(signed) as archive:
+        certificates = [part for part in archive.namelist() if part.endswith(".crt")]
+        subjects = [load_pem_x509_certificate(archive.read(part)).subject for part in certificates]
+    for subject in subjects:
+        names = [str(entry.value) for entry in subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+        kinds = {str(entry.value) for entry in subject.get_attributes_for_oid(NameOID.UNSTRUCTURED_NAME)}
+        if names != [name] or not kinds <= {"client"}:
+            raise DeploymentError(f"the request is not for a certificate of a site named {name!r}: it is refused")
+    if not subjects:
+        raise DeploymentError("the CA has signed nothing")
+
+
 def fingerprint(certificate: Path) -> str:
     """SHA-256 of a certificate, as people compare it: AB:CD:…"""
     digest = load_pem_x509_certificate(files.read(certificate)).fingerprint(SHA256()).hex().upper()
@@ -115,15 +136,49 @@ def fingerprint(certificate: Path) -> str:
 
 def package(signed: Path, request: Path, *, fingerprint: str, out: Path, name: str, home: Path) -> Path:
     """Put a kit together from what the CA signed and the key that never left; its folder."""
+    flare(_package(signed, request, fingerprint=fingerprint, out=out), home=home)
+    return _unpacked(out, name)
+
+
+def own_kits(authority: Path, consortium: str, mark: str, parties: Mapping[str, Mapping[str, Any]]) -> None:
+    """Kits of parties that live where the CA does: the server, and the person who submits jobs.
+
+    Args:
+        authority: folder of the CA; each kit is made in it.
+        mark: the CA's fingerprint.
+        parties: folder → what FLARE knows of the party.
+    """
+    commands: list[Sequence[str | Path]] = []
+    for folder, party in parties.items():
+        definition, asked = authority / f".{folder}.party", authority / f"{folder}.request"
+        signed = authority / f"{folder}.signed.zip"
+        files.write(definition, participant(consortium, **party).encode())
+        request = asked / f"{party['name']}.request.zip"
+        commands += [
+            ("cert", "request", "-p", definition, "--out", asked, "--force"),
+            ("cert", "approve", request, "-c", authority / CA, "--profile", authority / PROFILE, "--out", signed),
+            _package(signed, asked, fingerprint=mark, out=authority / folder),
+        ]
+    flare(*commands, home=authority / ".flare")
+    for folder, party in parties.items():
+        _unpacked(authority / folder, party["name"])
+        for used in (authority / f".{folder}.party", authority / f"{folder}.signed.zip"):
+            used.unlink()
+
+
+def _package(signed: Path, request: Path, *, fingerprint: str, out: Path) -> Sequence[str | Path]:
     work = out.with_name(f".{out.name}.work")
-    flare(("package", signed, "-w", work, "--request-dir", request, "--fingerprint", fingerprint, "--force"), home=home)
+    return ("package", signed, "-w", work, "--request-dir", request, "--fingerprint", fingerprint, "--force")
+
+
+def _unpacked(out: Path, name: str) -> Path:
+    """The kit where it belongs: FLARE puts it deep below a workspace."""
+    work = out.with_name(f".{out.name}.work")
     (made,) = work.glob(f"*/prod_00/{name}")
     os.replace(made, out)
-    for rest in sorted(work.rglob("*"), reverse=True):
-        rest.rmdir() if rest.is_dir() else rest.unlink()
-    work.rmdir()
-    for key in (*out.glob("startup/*.key"), *out.glob("startup/*.crt"), *out.glob("startup/*.json")):
-        key.chmod(0o600)
+    shutil.rmtree(work)
+    for private in (*out.glob("startup/*.key"), *out.glob("startup/*.crt"), *out.glob("startup/*.json")):
+        private.chmod(0o600)
     return out
 
 

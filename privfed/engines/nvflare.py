@@ -27,6 +27,7 @@ from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 from nvflare.app_common.job_launcher.client_process_launcher import ClientProcessJobLauncher
 
+from ..errors import PrivfedError
 from .contract import Handler
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,10 @@ SILENCE_SECONDS = 30.0
 """A site that has said nothing for so long is gone: nobody waits for it until the deadline."""
 
 Send = Callable[[str, bytes, float], bytes | None]
+
+
+class EngineStopped(PrivfedError):
+    """The job that carried the messages is over. What was under way is done again in the next one."""
 
 
 @dataclass
@@ -100,6 +105,11 @@ class FlareEngine:
             return {site for site in sites if self._here(site)}
 
     def exchange(self, requests: Mapping[str, bytes], deadline_seconds: float) -> Mapping[str, bytes]:
+        """As of `Engine`.
+
+        Raises:
+            EngineStopped: the job was ended, by whomever. It is no dropout of all sites.
+        """
         end = self._clock() + deadline_seconds
         asked: dict[str, _Asked] = {}
         with self._changed:
@@ -115,6 +125,8 @@ class FlareEngine:
                 if left <= 0:
                     break
                 self._changed.wait(min(left, BEAT_SECONDS))
+            if self._stopped:
+                raise EngineStopped("the job was ended: go on with the next one")
             return {site: one.reply for site, one in asked.items() if one.reply is not None}
 
     def _ask(self, site: str, request: bytes, one: _Asked, end: float) -> None:

@@ -1,0 +1,148 @@
+"""``privfed coordinator``: the server and the runs of a consortium."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .exits import FAILED, INCOMPLETE
+from .output import print_json
+
+if TYPE_CHECKING:
+    from privfed.federation import RoundReport
+    from privfed.summary import Summary
+
+app = typer.Typer(help="Run a consortium's server and its experiments.", no_args_is_help=True, rich_markup_mode=None)
+
+Home = Annotated[Path, typer.Argument(help="The coordinator's folder.")]
+Name = Annotated[str | None, typer.Argument(help="A run's name [default: the latest]")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Block = Annotated[int, typer.Option("--block", min=1, help="Rounds in a job: a site that was away joins the next one.")]
+
+
+@app.command()
+def start(
+    home: Home,
+    address: Annotated[
+        str | None, typer.Option("--address", help="The one address to listen on [default: 127.0.0.1 for localhost]")
+    ] = None,
+) -> None:
+    """Run the server until the process is ended."""
+    from privfed.deployment import kits, processes
+    from privfed.deployment.consortium import ORGANISATION, SERVER, Consortium
+    from privfed.deployment.files import DeploymentError
+
+    consortium = Consortium(home.absolute())
+    if address is None and consortium.terms.host != "localhost":
+        raise DeploymentError(f"{consortium.terms.host} is not this machine alone: say where to listen with --address")
+    kits.harden(consortium.home / SERVER, "server", consortium.home)
+    processes.become(
+        processes.server_command(consortium.home / SERVER, organisation=ORGANISATION, address=address or "127.0.0.1")
+    )
+
+
+@app.command()
+def preflight(
+    home: Home,
+    experiment: Annotated[Path | None, typer.Argument(help="A TOML file that is to be run.")] = None,
+    json: Json = False,
+) -> None:
+    """Check server, certificates, sites and an experiment before anything is spent."""
+    from privfed import config_io
+    from privfed.deployment.consortium import Consortium
+    from privfed.deployment.preflight import check
+
+    config = config_io.load_config(experiment) if experiment else None
+    findings = check(Consortium(home.absolute()), config)
+    if json:
+        print_json(findings)
+    else:
+        for finding in findings:
+            typer.echo(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.what}: {finding.found}")
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def submit(
+    home: Home,
+    experiment: Annotated[Path, typer.Argument(help="A TOML file, as for privfed run.")],
+    block: Block = 10,
+    json: Json = False,
+) -> None:
+    """Begin a run and do it to its end. Ended in between, it goes on with resume."""
+    from privfed import config_io
+    from privfed.deployment import runs
+    from privfed.deployment.consortium import Consortium
+
+    consortium = Consortium(home.absolute())
+    made = runs.begin(consortium, config_io.load_config(experiment))
+    typer.echo(f"run {made.path.name}", err=True)
+    _drive(home, made.path.name, block, json)
+
+
+@app.command()
+def resume(home: Home, run: Name = None, block: Block = 10, json: Json = False) -> None:
+    """Go on with a run where its checkpoint stands."""
+    _drive(home, run, block, json)
+
+
+@app.command()
+def watch(home: Home, run: Name = None, json: Json = False) -> None:
+    """Show where a run stands, from its folder: every round that its checkpoint has."""
+    from privfed.deployment import runs
+    from privfed.deployment.consortium import Consortium
+
+    found = runs.find(Consortium(home.absolute()), run)
+    reports, summary = runs.progress(found), runs.finished(found)
+    if json:
+        print_json({"run": found.path.name, "rounds": len(reports), "over": summary is not None})
+        return
+    for report in reports:
+        _tell(report)
+    if summary is not None:
+        _finish(found.path, summary)
+
+
+@app.command()
+def stop(home: Home, run: Name = None) -> None:
+    """End a run after the round that is under way."""
+    from privfed.deployment import files, runs
+    from privfed.deployment.consortium import Consortium
+
+    found = runs.find(Consortium(home.absolute()), run)
+    files.write(found.path / runs.STOP, b"")
+    typer.echo(f"{found.path.name} ends after this round; privfed coordinator resume goes on")
+
+
+def _drive(home: Path, run: str | None, block: int, json: bool) -> None:
+    from privfed.deployment import runs, submission
+    from privfed.deployment.consortium import Consortium
+
+    consortium = Consortium(home.absolute())
+    found = runs.find(consortium, run)
+    summary = submission.drive(consortium, found, block=block, observer=_tell)
+    if json:
+        typer.echo(summary.to_json())
+    _finish(found.path, summary)
+    if not summary.complete:
+        raise typer.Exit(INCOMPLETE)
+
+
+def _tell(report: "RoundReport") -> None:
+    figure = report.figures("global_score")
+    score = "" if figure is None else f", global {figure.mean:.4f}"
+    epsilon = "" if report.epsilon is None else f", ε {report.epsilon:.3f}"
+    aborted = "" if report.aborted is None else f", no sum: {report.aborted}"
+    who = f"{len(report.contributed)} of {len(report.invited)} sites"
+    typer.echo(f"round {report.round + 1}: {who}{score}{epsilon}, {report.seconds:.2f} s{aborted}", err=True)
+    for site, reason in report.refused.items():
+        typer.echo(f"  {site} refuses: {reason}", err=True)
+
+
+def _finish(path: Path, summary: "Summary") -> None:
+    spent = summary.privacy.epsilon.max
+    epsilon = (
+        "no claim" if spent is None else f"ε = {spent:.3f} at δ = {summary.privacy.delta:g}, any site, all its runs"
+    )
+    typer.echo(f"{summary.rounds} of {summary.rounds_planned} rounds; {epsilon}; {path}", err=True)

@@ -1,0 +1,98 @@
+"""``privfed site``: what a hospital types on its own machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .exits import INCOMPLETE
+from .output import print_json
+
+app = typer.Typer(help="A hospital's own side of a consortium.", no_args_is_help=True, rich_markup_mode=None)
+policy = typer.Typer(help="What this site demands.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(policy, name="policy")
+
+Home = Annotated[Path, typer.Argument(help="The site's folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def init(
+    home: Home,
+    kit: Annotated[Path, typer.Option("--kit", help="What the coordinator sent back.")],
+    data: Annotated[Path, typer.Option("--data", help="This site's table.")],
+    authority: Annotated[str, typer.Option("--authority", help="The fingerprint that you heard from the coordinator.")],
+    policy: Annotated[
+        Path | None, typer.Option("--policy", help="A policy.toml of your own [default: a strict one]")
+    ] = None,
+) -> None:
+    """Set the site up, and say in plain words what it agreed to."""
+    from privfed.config import Policy
+    from privfed.deployment import files, words
+    from privfed.deployment.hospital import Hospital
+
+    own = files.parse_toml(files.read(policy), Policy, policy) if policy else None
+    hospital = Hospital.open(home)
+    terms = hospital.install(files.read(kit), authority=authority, data=data, policy=own)
+    hospital = Hospital.open(home)
+    records = len(hospital.records())
+    typer.echo(words.agreement(terms, hospital.policy, name=hospital.file.name, data=hospital.file.data))
+    typer.echo(f"\n{records} records can be read. Start it: privfed site start {home}")
+
+
+@app.command()
+def start(home: Home) -> None:
+    """Run the site until the process is ended."""
+    from privfed.deployment import kits, processes
+    from privfed.deployment.hospital import KIT, Hospital
+
+    hospital = Hospital.open(home)
+    _ = hospital.policy, hospital.roster, hospital.identity  # refused now, not when the first job comes
+    kits.harden(hospital.home / KIT, "site", hospital.home)  # whatever was done to it since
+    processes.become(
+        processes.client_command(hospital.home / KIT, site=hospital.file.name, organisation=hospital.file.organisation)
+    )
+
+
+@app.command()
+def status(home: Home, json: Json = False) -> None:
+    """What this site was asked, what it agreed to, and what it has spent."""
+    from privfed.deployment.hospital import Hospital
+    from privfed.deployment.site_status import read
+
+    found = read(Hospital.open(home))
+    if json:
+        print_json(found)
+        return
+    limit = "none of its own" if found.max_epsilon is None else f"{found.max_epsilon:g}"
+    typer.echo(f"{found.name}: roster {found.roster}, {len(found.runs)} runs")
+    typer.echo(f"spent: ε = {found.epsilon:.4g} at δ = {found.delta:g}, all runs together; limit {limit}")
+    for run in found.runs:
+        typer.echo(f"  {run.run}: {run.rounds} rounds charged, last {run.last or 'never'}")
+    for line in found.refusals:
+        typer.echo(f"  {line}")
+
+
+@app.command()
+def roster(home: Home, file: Annotated[Path, typer.Argument(help="A signed roster.")]) -> None:
+    """Accept the next list of sites."""
+    from privfed.deployment import files
+    from privfed.deployment.hospital import Hospital
+
+    made = Hospital.open(home).accept_roster(files.read(file))
+    typer.echo(f"Accepted roster {made.version}: {', '.join(member.name for member in made.members)}")
+
+
+@policy.command("check")
+def check(
+    home: Home, experiment: Annotated[Path, typer.Argument(help="A TOML file that the coordinator means to run.")]
+) -> None:
+    """Say whether this site would take part in an experiment, and which line of its policy is against it."""
+    from privfed import config_io
+    from privfed.deployment.hospital import Hospital
+    from privfed.deployment.site_status import would_refuse
+
+    reason = would_refuse(Hospital.open(home), config_io.load_config(experiment))
+    typer.echo("this site would take part" if reason is None else f"this site would refuse: {reason}")
+    if reason is not None:
+        raise typer.Exit(INCOMPLETE)

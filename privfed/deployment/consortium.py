@@ -1,0 +1,173 @@
+"""The coordinator's folder: who may take part, under whose signature, and the kits that go out."""
+
+import secrets
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from privfed.config import Config
+from privfed.crypto import keys
+from privfed.crypto.roster import FIRST_PREVIOUS, Roster, load_roster, sign_roster
+from privfed.data.tables import Table
+from privfed.keyring import ledger_key, site_key
+from privfed.seals import COORDINATOR
+
+from . import files, kits, papers
+from .files import DeploymentError
+from .papers import Applicant, Terms
+
+AUTHORITY, LEDGER, SERVER, ADMIN, MEMBERS, ROSTERS, RUNS = (
+    "authority.key",
+    "ledger.db",
+    "server",
+    "admin",
+    "members",
+    "rosters",
+    "runs",
+)
+SUSPENDED, LAST, JOB = "suspended.json", "last-block.txt", "job"
+ORGANISATION = "coordinator"
+
+
+class Consortium:
+    """A coordinator's folder.
+
+    Guarantees:
+        The CA's key, the roster authority's key and the coordinator's own are made here, mode 0600. No site's key is
+        ever here. A member enters a roster only by a request that it signed with both keys that the roster then names.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.terms = papers_terms(home)
+
+    @classmethod
+    def create(cls, home: Path, config: Config, *, name: str, contact: str, host: str, port: int) -> "Consortium":
+        """A new consortium around the table and the task of an experiment.
+
+        Raises:
+            DeploymentError: the folder is not empty, FLARE is missing, or the experiment has no table of its own.
+        """
+        kits.require_flare()
+        if not isinstance(config.data, Table):
+            raise DeploymentError("a consortium needs data.source = 'csv': a table that the sites have, each its own")
+        if home.exists() and any(home.iterdir()):
+            raise DeploymentError(f"{home} is not empty: nothing was changed; give a new folder")
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        home = home.absolute()
+        authority = secrets.token_bytes(keys.KEY_BYTES)
+        files.write(home / AUTHORITY, authority.hex().encode(), private=True)
+        mark = kits.new_authority(home, name, host, port)
+        book = site_key(ledger_key(home / LEDGER), COORDINATOR, "ledger")
+        terms = Terms(
+            name=name,
+            contact=contact,
+            host=host,
+            port=port,
+            authority=keys.verification_key(authority).hex(),
+            coordinator=keys.verification_key(book).hex(),
+            ca=mark,
+            data=papers.agreed(config.data),
+            task=config.task,
+        )
+        files.write_toml(home / papers.TERMS, terms, comment="The terms of a privfed consortium; signed beside it.")
+        text = files.read(home / papers.TERMS)
+        files.parse_toml(text, Terms, home / papers.TERMS)
+        files.write(home / papers.SIGNATURE, papers.sign_terms(text, authority))
+        consortium = cls(home)
+        server = {"type": "server", "name": host, "org": ORGANISATION, "fed_learn_port": port, "admin_port": port}
+        person = {"type": "admin", "name": f"coordinator@{name}.org", "org": ORGANISATION, "role": "lead"}
+        kits.own_kits(home, name, mark, {SERVER: server, ADMIN: person})
+        kits.harden(home / SERVER, "server", home)
+        return consortium
+
+    def approve(self, request: bytes) -> Applicant:
+        """Take a site in: sign its certificate and remember its keys. The next roster has it.
+
+        Raises:
+            DeploymentError: the request does not hold, or the name is taken by other keys.
+        """
+        applicant, flare_request = papers.read_application(request)
+        if applicant.name in (COORDINATOR, self.terms.host):
+            raise DeploymentError(f"a site can not be named {applicant.name!r}: that is the coordinator's")
+        path = self.home / MEMBERS / f"{applicant.name}.json"
+        if path.exists() and msgspec.json.decode(files.read(path), type=Applicant) != applicant:
+            raise DeploymentError(
+                f"there is a site {applicant.name!r} with other keys: suspend it, or take another name"
+            )
+        with tempfile.TemporaryDirectory(dir=self.home) as work:
+            # FLARE compares a request's name with its file's
+            asked, signed = Path(work) / f"{applicant.name}.request.zip", Path(work) / papers.CERTIFICATE
+            asked.write_bytes(flare_request)
+            kits.approve(self.home, asked, signed)
+            kits.require_site(signed, applicant.name)
+            files.write(self.home / MEMBERS / f"{applicant.name}.signed.zip", signed.read_bytes())
+        files.write(path, msgspec.json.format(msgspec.json.encode(applicant), indent=1))
+        return applicant
+
+    @property
+    def members(self) -> tuple[Applicant, ...]:
+        """Approved and not suspended, by name."""
+        paths = sorted((self.home / MEMBERS).glob("*.json"))
+        everyone = (msgspec.json.decode(files.read(path), type=Applicant) for path in paths)
+        return tuple(member for member in everyone if member.name not in self.suspended)
+
+    @property
+    def suspended(self) -> tuple[str, ...]:
+        path = self.home / SUSPENDED
+        return msgspec.json.decode(files.read(path), type=tuple[str, ...]) if path.exists() else ()
+
+    def suspend(self, name: str) -> None:
+        """Leave a site out of all rosters to come. Its certificate stays valid; it is asked for nothing any more."""
+        if not (self.home / MEMBERS / f"{name}.json").exists():
+            raise DeploymentError(f"there is no site {name!r} in {self.home}")
+        files.write(self.home / SUSPENDED, msgspec.json.encode(sorted({*self.suspended, name})))
+
+    def next_roster(self, authority: Path | None = None) -> Roster:
+        """Sign the members as they are now as the next version; the same one if nothing changed.
+
+        Args:
+            authority: where the offline key is, if it was moved away from this machine, as it should be.
+        """
+        if len(self.members) < 3:
+            raise DeploymentError(f"a roster needs 3 sites, there are {len(self.members)}: approve more requests")
+        latest = self.roster()
+        members = tuple(member.member for member in self.members)
+        if latest is not None and latest.members == members:
+            return latest
+        previous = FIRST_PREVIOUS if latest is None else latest.hash
+        roster = Roster(version=1 if latest is None else latest.version + 1, previous=previous, members=members)
+        private = bytes.fromhex(files.read(authority or self.home / AUTHORITY, private=True).decode())
+        if keys.verification_key(private).hex() != self.terms.authority:
+            raise DeploymentError("this is not the key of this consortium's authority")
+        files.write(self.home / ROSTERS / f"{roster.version}.{papers.ROSTER}", sign_roster(roster, private))
+        return roster
+
+    def roster_file(self) -> Path | None:
+        """The newest roster's file."""
+        found = sorted((self.home / ROSTERS).glob(f"*.{papers.ROSTER}"), key=lambda path: int(path.stem))
+        return found[-1] if found else None
+
+    def roster(self) -> Roster | None:
+        """The newest roster."""
+        path = self.roster_file()
+        return load_roster(files.read(path), bytes.fromhex(self.terms.authority)) if path else None
+
+    def kit(self, name: str) -> bytes:
+        """What goes back to a site: its certificate, the CA's, the terms and the roster. No secret is in it."""
+        roster = self.roster_file()
+        signed = self.home / MEMBERS / f"{name}.signed.zip"
+        if not signed.exists() or name in self.suspended:
+            raise DeploymentError(f"there is no approved site {name!r}")
+        if roster is None or all(member.name != name for member in self.roster().members):  # type: ignore[union-attr]
+            raise DeploymentError(f"no roster has {name!r} yet: privfed consortium roster {self.home}")
+        parts = {papers.CERTIFICATE: signed, papers.ROSTER: roster}
+        parts |= {part: self.home / part for part in (papers.TERMS, papers.SIGNATURE)}
+        return papers.pack({part: files.read(path) for part, path in parts.items()})
+
+
+def papers_terms(home: Path) -> Terms:
+    """The terms in a folder."""
+    path = home / papers.TERMS
+    return files.parse_toml(files.read(path), Terms, path)

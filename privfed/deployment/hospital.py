@@ -1,0 +1,262 @@
+"""A site's folder: its keys, its data, its policy, its ledger. All of it stays there."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from privfed.config import Policy
+from privfed.crypto.journal import JournalFile, SQLiteJournal
+from privfed.crypto.roster import Identity, Roster, accept, load_roster
+from privfed.data.columns import input_names, input_ranges
+from privfed.data.records import SiteData, public_split_key
+from privfed.data.tables import Table
+from privfed.errors import DataError
+from privfed.keyring import ledger_key, site_key
+from privfed.privacy import noise
+from privfed.privacy.accountant import Accountant
+from privfed.privacy.ledger import Ledger
+from privfed.site import Site
+from privfed.terms import Schema
+
+from . import files, kits, papers
+from .durable import DurableSite
+from .files import DeploymentError
+from .papers import Hex32, Name, Terms
+
+SITE, POLICY, KEYS, KIT, REQUEST, LEDGER, JOURNAL, STATES, LOCK = (
+    "site.toml",
+    "policy.toml",
+    "keys.json",
+    "kit",
+    "request",
+    "ledger.db",
+    "journal.db",
+    "states",
+    ".lock",
+)
+
+Strict = Policy(
+    max_epsilon=4.0,
+    minimum_cohort=3,
+    refuse_central_noise=True,
+    require_privacy=True,
+    require_secure_aggregation=True,
+)
+"""What a site demands unless it decides otherwise."""
+
+
+class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """For reproducing a simulation on real processes: everything a privacy claim rests on is then public.
+
+    Args:
+        insecure_seed: noise that anyone can recompute.
+        split_seed: the public split of a simulation with this seed.
+    """
+
+    insecure_seed: Annotated[int, Meta(ge=0)]
+    split_seed: Annotated[int, Meta(ge=0)] = 0
+
+
+class SiteFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """site.toml: what only this site decides beside its policy.
+
+    Args:
+        data: path of its own table.
+        study: never set at a hospital.
+    """
+
+    name: Name
+    organisation: Name
+    data: str = ""
+    study: Study | None = None
+
+
+class _Keys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    secagg: Hex32
+    ledger: Hex32
+
+
+@dataclass(frozen=True)
+class Hospital:
+    """A site's folder, read."""
+
+    home: Path
+    file: SiteFile
+
+    @classmethod
+    def request(cls, home: Path, *, consortium: str, name: str, organisation: str, contact: str) -> bytes:
+        """Make a site's keys, in a new folder of mode 0700, and the request that may leave it.
+
+        Raises:
+            DeploymentError: the folder is not empty, or FLARE is missing.
+        """
+        kits.require_flare()
+        if home.exists() and any(home.iterdir()):
+            raise DeploymentError(f"{home} is not empty: nothing was changed; give a new folder")
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        home = home.absolute()
+        identity = Identity.generate(name)
+        secret = _Keys(identity.secagg_private.hex(), identity.ledger_private.hex())
+        files.write(home / KEYS, msgspec.json.encode(secret), private=True)
+        site = SiteFile(name=name, organisation=organisation)
+        files.write_toml(home / SITE, site, comment="A site of a privfed consortium. Yours alone.")
+        files.parse_toml(files.read(home / SITE), SiteFile, home / SITE)
+        asked = kits.request(home / REQUEST, consortium, name=name, type="client", org=organisation)
+        body = papers.application(identity, organisation=organisation, contact=contact, flare_request=files.read(asked))
+        files.write(home / f"{name}.request", body)
+        return body
+
+    @classmethod
+    def open(cls, home: Path) -> "Hospital":
+        """The site in ``home``. Raises `DeploymentError` if there is none."""
+        home = home.absolute()
+        return cls(home, files.parse_toml(files.read(home / SITE), SiteFile, home / SITE))
+
+    def install(self, kit: bytes, *, authority: str, data: Path, policy: Policy | None) -> Terms:
+        """Take a kit: check it against the authority that the site was told of, and set the site up.
+
+        Args:
+            authority: hex key, or its fingerprint, learnt from a person and not from the kit.
+            data: the site's table.
+            policy: written if the site has none yet.
+
+        Raises:
+            DeploymentError: something does not hold; nothing is installed.
+        """
+        parts = papers.unpack(kit, (papers.CERTIFICATE, papers.ROSTER, papers.TERMS, papers.SIGNATURE))
+        terms = files.parse_toml(parts[papers.TERMS], Terms, papers.TERMS)
+        key = bytes.fromhex(terms.authority)
+        said = authority.replace(" ", "").lower()
+        if said not in (terms.authority, papers.fingerprint(key).replace(" ", "")):
+            raise DeploymentError(
+                f"the kit is of an authority with the fingerprint {papers.fingerprint(key)}, you were told "
+                f"{authority}: do not go on; call the coordinator"
+            )
+        papers.check_terms(parts[papers.TERMS], parts[papers.SIGNATURE], key)
+        if not data.is_file():
+            raise DeploymentError(f"there is no table at {data}")
+        self._accept(parts[papers.ROSTER], key)
+        signed = self.home / f"{self.file.name}.signed.zip"  # FLARE goes by the ending
+        files.write(signed, parts[papers.CERTIFICATE])
+        shutil.rmtree(self.home / KIT, ignore_errors=True)
+        made = kits.package(
+            signed,
+            self.home / REQUEST,
+            fingerprint=terms.ca,
+            out=self.home / KIT,
+            name=self.file.name,
+            home=self.home / ".flare",
+        )
+        signed.unlink()
+        kits.harden(made, "site", self.home)
+        files.write(self.home / papers.TERMS, parts[papers.TERMS])
+        files.write(self.home / papers.ROSTER, parts[papers.ROSTER])
+        site = msgspec.structs.replace(self.file, data=str(data.absolute()))
+        files.write_toml(self.home / SITE, site, comment="A site of a privfed consortium. Yours alone.")
+        if not (self.home / POLICY).exists():
+            files.write_toml(
+                self.home / POLICY,
+                policy or Strict,
+                comment="What this site demands, whatever a run asks for. No job and no coordinator can change it.",
+            )
+        ledger_key(self.home / LEDGER)
+        return terms
+
+    def accept_roster(self, body: bytes) -> Roster:
+        """Move to a roster's next version, signed by the consortium's authority.
+
+        Raises:
+            DeploymentError: it is not the next one after the one accepted last, or not signed.
+        """
+        roster = self._accept(body, bytes.fromhex(self.terms.authority))
+        files.write(self.home / papers.ROSTER, body)
+        return roster
+
+    @property
+    def terms(self) -> Terms:
+        path = self.home / papers.TERMS
+        if not path.exists():
+            raise DeploymentError(f"{self.home} has no kit yet: privfed site init {self.home} --kit FILE ...")
+        return files.parse_toml(files.read(path), Terms, path)
+
+    @property
+    def policy(self) -> Policy:
+        """The site's own demands. Read anew each time: an edit counts from the next job on."""
+        return files.parse_toml(files.read(self.home / POLICY), Policy, self.home / POLICY)
+
+    @property
+    def roster(self) -> Roster:
+        """The roster that this site has accepted."""
+        return load_roster(files.read(self.home / papers.ROSTER), bytes.fromhex(self.terms.authority))
+
+    @property
+    def identity(self) -> Identity:
+        path = self.home / KEYS
+        try:
+            keys = msgspec.json.decode(files.read(path, private=True), type=_Keys)
+        except msgspec.MsgspecError:
+            raise DeploymentError(f"{path} is damaged: restore it from your copy") from None
+        return Identity(
+            name=self.file.name,
+            secagg_private=bytes.fromhex(keys.secagg),
+            ledger_private=bytes.fromhex(keys.ledger),
+        )
+
+    def records(self) -> SiteData:
+        """The site's own records, as the consortium agreed to read them. Raises `DataError`."""
+        table: Table = msgspec.structs.replace(self.terms.data, files={self.file.name: self.file.data})
+        sites = table.load(seed=0, task=self.terms.task).sites
+        if set(sites) != {self.file.name}:
+            raise DataError(f"{self.file.data} has no usable record")
+        return sites[self.file.name]
+
+    @contextmanager
+    def opened(self, *, wait_seconds: float = 0.0) -> Iterator[DurableSite]:
+        """The site at work, alone in its folder; an earlier process has so long to leave it.
+
+        Raises:
+            DeploymentError, DataError, PrivfedError: why it can not work.
+        """
+        terms, study, name = self.terms, self.file.study, self.file.name
+        columns = terms.data.columns
+        schema = Schema(
+            features=len(input_names(columns)), classes=len(terms.data.classes), ranges=input_ranges(columns)
+        )
+        with ExitStack() as stack:
+            stack.enter_context(files.locked(self.home / LOCK, str(self.home), wait_seconds))
+            key = ledger_key(self.home / LEDGER)
+            book = stack.enter_context(Ledger(self.home / LEDGER))
+            site = Site(
+                identity=self.identity,
+                roster=self.roster,
+                data=self.records(),
+                schema=schema,
+                ledger=book,
+                journal=SQLiteJournal(JournalFile(self.home / JOURNAL), name),
+                fingerprint_key=site_key(key, name, "fingerprint"),
+                noise_key=site_key(key, name, "noise")
+                if study is None
+                else noise.insecure_key(study.insecure_seed, name.encode()),
+                split_key=site_key(key, name, "split") if study is None else public_split_key(study.split_seed),
+                insecure=study is not None,
+                policy=self.policy,
+                accountant=Accountant(),
+            )
+            yield DurableSite(site, self.home / STATES, data=terms.data, task=terms.task)
+
+    def _accept(self, body: bytes, authority: bytes) -> Roster:
+        path = self.home / papers.ROSTER
+        pinned = load_roster(path.read_bytes(), authority) if path.exists() else None
+        roster = accept(body, authority=authority, pinned=pinned)
+        if self.identity.member not in roster.members:
+            raise DeploymentError(
+                f"roster version {roster.version} does not have {self.file.name} with its keys: it was left out, or "
+                "another has its name. Call the coordinator"
+            )
+        return roster

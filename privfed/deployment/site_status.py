@@ -1,0 +1,115 @@
+"""What a site's own books say, and what it would say to an experiment. Nothing here asks anybody."""
+
+from collections import Counter
+
+import msgspec
+
+from privfed import wire
+from privfed.cohort import cohort_of, held_out
+from privfed.config import Config
+from privfed.crypto.errors import AggregationError
+from privfed.data.columns import input_names, input_ranges
+from privfed.data.tables import Table
+from privfed.errors import PrivfedError
+from privfed.keyring import ledger_key, site_key
+from privfed.noise_levels import noise_levels
+from privfed.policy import check_policy
+from privfed.privacy import noise
+from privfed.privacy.accountant import Accountant
+from privfed.privacy.errors import PrivacyError
+from privfed.privacy.ledger import Ledger
+from privfed.terms import Schema
+
+from . import papers
+from .hospital import KIT, LEDGER, Hospital
+
+
+class RunLine(msgspec.Struct, frozen=True):
+    """One run at this site. ``last`` is the time of its last entry."""
+
+    run: str
+    rounds: int
+    last: str | None
+
+
+class SiteStatus(msgspec.Struct, frozen=True):
+    """What ``privfed site status --json`` prints."""
+
+    name: str
+    roster: int
+    epsilon: float
+    delta: float
+    max_epsilon: float | None
+    runs: tuple[RunLine, ...]
+    refusals: tuple[str, ...]
+
+
+def read(hospital: Hospital) -> SiteStatus:
+    """A site's ledger and log, read; a running site is not disturbed."""
+    policy, name = hospital.policy, hospital.file.name
+    key = ledger_key(hospital.home / LEDGER)
+    dataset = noise.derive_key(site_key(key, name, "fingerprint"), b"ledger", name.encode()).hex()
+    with Ledger(hospital.home / LEDGER) as book:
+        lines, charges = book.entries(name), book.charges(name, dataset)
+    spent = Accountant().epsilon(charges, policy.delta).value if charges else 0.0
+    rounds = Counter(run for run, _ in {(line.entry.run, line.entry.round) for line in lines if line.entry.charges})
+    last = {line.entry.run: line.time for line in lines}
+    return SiteStatus(
+        name=name,
+        roster=hospital.roster.version,
+        epsilon=spent,
+        delta=policy.delta,
+        max_epsilon=policy.max_epsilon,
+        runs=tuple(RunLine(run, rounds[run], last[run]) for run in last),
+        refusals=_refusals(hospital),
+    )
+
+
+def would_refuse(hospital: Hospital, config: Config) -> str | None:
+    """Why this site would not take part in an experiment; None if it would, as far as policy and budget say."""
+    terms = hospital.terms
+    if not isinstance(config.data, Table) or papers.agreed(config.data) != terms.data or config.task != terms.task:
+        return "it reads another table, or predicts something else, than the consortium agreed on"
+    roster, accountant = hospital.roster, Accountant()
+    names = [member.name for member in roster.members]
+    cohort = tuple(index for index, name in enumerate(names) if name not in held_out(config, names))
+    columns = terms.data.columns
+    schema = Schema(len(input_names(columns)), len(terms.data.classes), input_ranges(columns))
+    try:
+        numbers = cohort_of(config, len(cohort))
+        noise_multiplier, side_noise = noise_levels(config, numbers, schema, accountant)
+        plan = wire.RoundPlan(
+            run="policy check",
+            round=0,
+            attempt=0,
+            cohort=cohort,
+            threshold=numbers.threshold,
+            minimum_cohort=numbers.minimum_cohort,
+            colluders=numbers.colluders,
+            degree=numbers.degree,
+            noise_multiplier=noise_multiplier,
+            side_noise=side_noise,
+            features=schema.features,
+            config=config,
+            roster_version=roster.version,
+        )
+        check_policy(plan, hospital.policy, insecure=hospital.file.study is not None)
+    except (PrivfedError, PrivacyError, AggregationError) as error:
+        return str(error)
+    limit, spent = hospital.policy.max_epsilon, read(hospital).epsilon
+    if limit is not None and spent + config.privacy.target_epsilon > limit * 1.0000001 and spent > 0:
+        return (
+            f"ε = {spent:.3g} of policy.max_epsilon = {limit:g} is spent: the run's {config.privacy.target_epsilon:g} "
+            "does not fit beside it for sure; its last rounds may be refused"
+        )
+    if limit is not None and config.privacy.target_epsilon > limit:
+        return f"policy.max_epsilon = {limit:g}, the run would spend {config.privacy.target_epsilon:g}"
+    return None
+
+
+def _refusals(hospital: Hospital) -> tuple[str, ...]:
+    """The last refusals in the logs of this site's jobs."""
+    found: list[str] = []
+    for path in sorted((hospital.home / KIT).glob("*/log.txt")):
+        found += [line.strip() for line in path.read_text(errors="replace").splitlines() if " refuses: " in line]
+    return tuple(found[-10:])
