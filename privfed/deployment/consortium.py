@@ -11,6 +11,7 @@ from privfed.crypto import keys
 from privfed.crypto.roster import FIRST_PREVIOUS, Roster, load_roster, sign_roster
 from privfed.data.tables import Table
 from privfed.keyring import ledger_key, site_key
+from privfed.privacy.ledger import Ledger
 from privfed.seals import COORDINATOR
 
 from . import files, kits, papers
@@ -60,6 +61,7 @@ class Consortium:
         files.write(home / AUTHORITY, authority.hex().encode(), private=True)
         mark = kits.new_authority(home, name, host, port)
         book = site_key(ledger_key(home / LEDGER), COORDINATOR, "ledger")
+        Ledger(home / LEDGER).close()
         terms = Terms(
             name=name,
             contact=contact,

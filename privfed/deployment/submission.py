@@ -19,7 +19,8 @@ BLOCK = 10
 """Rounds in a job. A site that was away comes back with the next one."""
 
 _SERVER_SECONDS = 120.0  # a killed server is started again by whoever supervises it
-_IDLE_SECONDS = 20.0  # a job that says it runs, and works on nothing, was lost with its server
+_IDLE_SECONDS = 30.0  # a job that says it runs, and works on nothing any more, was lost with its server
+_START_SECONDS = 180.0  # how long its processes may take to begin, on a machine that has much to do
 _POLL_SECONDS = 0.3
 
 
@@ -110,7 +111,7 @@ def _one_block(consortium: Consortium, home: RunFolder, session: Any, block: int
             continue
         if jobs.is_over(status) or (began and _reason(consortium)):
             break
-        if status.startswith("RUNNING") and time.monotonic() - last_sign > _IDLE_SECONDS:
+        if status.startswith("RUNNING") and time.monotonic() - last_sign > (_IDLE_SECONDS if began else _START_SECONDS):
             with suppress(Exception):
                 session.abort_job(job)
             break

@@ -5,7 +5,7 @@
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 work="$(mkdir -p "${1:-pilot}" && cd "${1:-pilot}" && pwd)"
-experiment="${2:-$here/pilot.toml}"
+experiment="${2:-$here/../heart_pilot.toml}"
 port="${PORT:-8102}"
 privfed="${PYTHON:-python3} -m privfed"
 : "${PRIVFED_DATA:?set it to the folder that has heart_disease/}"
@@ -39,7 +39,7 @@ done
 say "Each hospital sets itself up, reads what it agreed to, and starts"
 for site in "${!data[@]}"; do
   $privfed site init "$work/$site" --kit "$work/$site.kit" --authority "$authority" \
-    --data "$PRIVFED_DATA/heart_disease/processed.${data[$site]}.data" --policy "$here/pilot-policy.toml" \
+    --data "$PRIVFED_DATA/heart_disease/processed.${data[$site]}.data" --policy "$here/policy.toml" \
     >"$work/$site.agreed" &
 done
 wait

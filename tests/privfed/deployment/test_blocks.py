@@ -1,0 +1,238 @@
+"""Blocks, checkpoints and restarts, with every folder of a deployment and no network between them."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+import privfed
+from privfed import wire
+from privfed.config import Config
+from privfed.deployment import runs
+from privfed.deployment.consortium import Consortium
+from privfed.deployment.files import DeploymentError
+from privfed.deployment.hospital import LEDGER, Hospital, Strict
+from privfed.deployment.runs import Block
+from privfed.engines.contract import Engine
+from privfed.engines.local import LocalEngine
+from privfed.errors import PrivfedError
+from privfed.folder import CHECKPOINT, RunFolder
+from privfed.parameters import to_vector
+from privfed.privacy.ledger import Ledger
+from tests.privfed.deployment import house
+from tests.privfed.deployment.house import SITES
+
+INSECURE = {"delta": 1e-5, "target_epsilon": 3.0, "insecure_seed": house.SEED}
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> dict[str, str]:
+    return house.tables(tmp_path / "tables")
+
+
+@pytest.fixture
+def config(paths: dict[str, str]) -> Config:
+    return house.experiment(paths, privacy=INSECURE)
+
+
+@pytest.fixture
+def consortium(tmp_path: Path, config: Config) -> Iterator[Consortium]:
+    with house.without_flare():
+        yield house.found(tmp_path, config)
+
+
+def block(consortium: Consortium, run: RunFolder, rounds: int, engine: Engine | None = None, **wrapped: Any) -> bool:
+    """One job: every process of it begins, works and ends."""
+    with house.at_work(consortium.home.parent) as sites:
+        over = runs.do_block(
+            consortium, Block(run.path.name, rounds), wrapped.get("wrap", lambda it: it)(LocalEngine(sites)), set
+        )
+        return over
+
+
+def spends(ledger: Path, site: str) -> list[Any]:
+    """What a ledger says of a site, without times, ids and signatures."""
+    with Ledger(ledger) as book:
+        entries = [line.entry for line in book.entries(site)]
+    return [
+        (entry.kind, entry.round, entry.attempt, entry.unit, entry.noise, entry.charges, entry.insecure_seed)
+        for entry in entries
+    ]
+
+
+def same_as_in_process(tmp_path: Path, config: Config, run: RunFolder) -> None:
+    local = privfed.run(config, out=tmp_path / "in-process")
+    checkpoint = run.load_checkpoint()
+    assert checkpoint is not None
+    assert torch.equal(checkpoint.server["theta"], local.theta)
+    summary = runs.finished(run)
+    assert summary is not None and summary.complete
+    assert summary.privacy.epsilon.per_site == local.summary.privacy.epsilon.per_site
+    assert summary.utility.global_ == local.summary.utility.global_
+    assert summary.utility.personalized == local.summary.utility.personalized
+    for site in SITES:
+        assert spends(tmp_path / site / LEDGER, site) == spends(local.folder / "ledger.db", site)
+
+
+def test_a_run_in_blocks_equals_the_run_in_one_process(tmp_path: Path, config: Config, consortium: Consortium) -> None:
+    run = runs.begin(consortium, config)
+    assert not block(consortium, run, 1)
+    assert not block(consortium, run, 1)
+    assert block(consortium, run, 2)
+    same_as_in_process(tmp_path, config, run)
+    assert (run.path / "report.html").exists()
+
+
+STEPS = ("advertise", "share", "mask", "consistency", "unmask", "evaluate")
+
+
+@pytest.mark.parametrize(("step", "when"), [("mask", "before"), *((step, "after") for step in STEPS)])
+def test_a_coordinator_killed_at_any_step_loses_a_round_in_progress_and_no_entry(
+    tmp_path: Path, config: Config, consortium: Consortium, step: str, when: str
+) -> None:
+    """The round is done again, byte for byte: the same model, and ε is paid once."""
+    run = runs.begin(consortium, config)
+
+    class Cut:
+        def __init__(self, engine: Engine) -> None:
+            self._engine = engine
+
+        def exchange(self, requests: Mapping[str, bytes], deadline_seconds: float) -> Mapping[str, bytes]:
+            message = wire.decode_request(next(iter(requests.values())))
+            if (message.round, message.step) == (1, step):
+                if when == "after":
+                    self._engine.exchange(requests, deadline_seconds)
+                raise Killed
+            return self._engine.exchange(requests, deadline_seconds)
+
+    with pytest.raises(Killed):
+        block(consortium, run, 4, wrap=Cut)
+    checkpoint = run.load_checkpoint()
+    assert checkpoint is not None and checkpoint.next_round == 1
+    assert block(consortium, run, 4)
+    same_as_in_process(tmp_path, config, run)
+
+
+def test_a_lost_checkpoint_is_not_made_up_for(tmp_path: Path, config: Config, consortium: Consortium) -> None:
+    run = runs.begin(consortium, config)
+    block(consortium, run, 2)
+    (run.path / CHECKPOINT).unlink()
+    with pytest.raises(PrivfedError, match="checkpoint"):
+        block(consortium, run, 2)
+
+
+def test_a_site_that_restarts_in_a_round_refuses_it_and_joins_the_next(
+    tmp_path: Path, paths: dict[str, str], consortium: Consortium
+) -> None:
+    config = house.experiment(paths, privacy=INSECURE)
+    run = runs.begin(consortium, config)
+    replies: list[wire.Reply] = []
+
+    class Restarting:
+        """South forgets all after the first step of round 1, as a new process would."""
+
+        def __init__(self, engine: LocalEngine) -> None:
+            self._engine, self._done = engine, False
+
+        def exchange(self, requests: Mapping[str, bytes], deadline_seconds: float) -> Mapping[str, bytes]:
+            message = wire.decode_request(next(iter(requests.values())))
+            if (message.round, message.step) == (1, "mask") and not self._done:
+                self._done = True
+                south = self._engine._sites["south"]
+                south.site._current = None  # type: ignore[attr-defined]
+                found = self._engine.exchange(requests, deadline_seconds)
+                replies.append(wire.decode_reply(found["south"]))
+                return found
+            return self._engine.exchange(requests, deadline_seconds)
+
+    block(consortium, run, 4, wrap=Restarting)
+    (refusal,) = replies
+    assert isinstance(refusal, wire.Refusal) and not refusal.final  # it never answers unmasked
+    reports = runs.progress(run)
+    assert "south" not in reports[1].contributed and "south" in reports[2].contributed
+    assert len([entry for entry in spends(tmp_path / "south" / LEDGER, "south") if entry[0] == "charge"]) in (2, 3)
+
+
+def test_a_stricter_policy_refuses_with_its_line_and_the_run_ends_cleanly(
+    tmp_path: Path, config: Config, consortium: Consortium
+) -> None:
+    path = tmp_path / "west" / "policy.toml"
+    path.write_text(path.read_text().replace("max_epsilon = 4.0", "max_epsilon = 0.01"))
+    run = runs.begin(consortium, config)
+    over = block(consortium, run, 4)
+    assert over
+    summary = runs.finished(run)
+    assert summary is not None and not summary.complete
+    assert "policy.max_epsilon" in summary.refusals["west"]
+    assert not [entry for entry in spends(tmp_path / "west" / LEDGER, "west") if entry[0] == "charge"]
+
+
+def test_a_run_over_other_columns_is_refused_by_the_site(
+    tmp_path: Path, config: Config, consortium: Consortium
+) -> None:
+    other = msgspec.structs.replace(
+        config,
+        data=msgspec.structs.replace(config.data, numeric=config.data.numeric[:3]),  # type: ignore[union-attr]
+    )
+    with pytest.raises(PrivfedError, match="would refuse"):
+        runs.begin(consortium, other)
+    with house.at_work(tmp_path) as sites:
+        plan = wire.RoundPlan(
+            run="x", round=0, attempt=0, cohort=(0, 1, 2), threshold=3, minimum_cohort=3, colluders=0, degree=None,
+            noise_multiplier=1.0, config=other, roster_version=1,
+        )  # fmt: skip
+        begin = wire.Begin(0, "advertise", wire.encode_plan(plan), b"", b"")
+        reply = wire.decode_reply(sites["north"].handle(wire.encode(begin)))
+    assert isinstance(reply, wire.Refusal) and reply.final and "agreed" in reply.reason
+    assert spends(tmp_path / "north" / LEDGER, "north") == []
+
+
+def test_one_process_at_a_time_works_in_a_sites_folder(tmp_path: Path, consortium: Consortium) -> None:
+    with house.at_work(tmp_path), pytest.raises(DeploymentError, match="another process"):
+        with Hospital.open(tmp_path / "north").opened():
+            pass
+
+
+def test_a_second_question_for_figures_of_a_round_is_refused_even_after_a_restart(
+    tmp_path: Path, config: Config, consortium: Consortium
+) -> None:
+    run = runs.begin(consortium, config)
+    asked: list[bytes] = []
+
+    class Listening:
+        def __init__(self, engine: Engine) -> None:
+            self._engine = engine
+
+        def exchange(self, requests: Mapping[str, bytes], deadline_seconds: float) -> Mapping[str, bytes]:
+            if wire.decode_request(requests["north"]).step == "evaluate":
+                asked.append(requests["north"])
+            return self._engine.exchange(requests, deadline_seconds)
+
+    block(consortium, run, 1, wrap=Listening)
+    question = wire.decode_request(asked[0])
+    assert isinstance(question, wire.Evaluate)
+    plan = wire.decode_plan(question.plan)
+    state = privfed_parameters(question.state, shift=1.0)
+    with house.at_work(tmp_path) as sites:
+        again = wire.decode_reply(sites["north"].handle(asked[0]))
+        other = wire.decode_reply(
+            sites["north"].handle(wire.encode(wire.Evaluate(plan.round, "evaluate", question.plan, state)))
+        )
+    assert isinstance(again, wire.Measurement)
+    assert isinstance(other, wire.Refusal)
+
+
+def privfed_parameters(state: bytes, *, shift: float) -> bytes:
+    from privfed.parameters import decode, encode
+
+    return encode({name: tensor + shift for name, tensor in decode(state).items()})
+
+
+__all__ = ["Strict", "to_vector"]
