@@ -12,28 +12,17 @@ from msgspec import Meta
 from privfed.privacy.events import MAX_RECORDS, NoiseSite, PrivacyUnit
 from privfed.privacy.units import PatientSampling
 
+from .data.arrays import Arrays
 from .data.sources import BreastCancer
 from .data.tables import Table
 from .methods import Method, Reptile
 from .methods.server import Plain, Server
+from .models import MLP, Network
 from .tasks import Classification, Cox, Rating, Regression, Survival
 
 
 class Section(msgspec.Struct, frozen=True):
     """A table of the configuration file."""
-
-
-class Model(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """[model]"""
-
-    hidden: Annotated[
-        tuple[Annotated[int, Meta(ge=1, le=65536)], ...],
-        Meta(description="widths of the hidden layers; [] is logistic regression"),
-    ] = ()
-    norm: Annotated[
-        str,
-        Meta(pattern="^(none|group)$", description='"group" normalises the hidden values of each record by themselves'),
-    ] = "none"
 
 
 class Privacy(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -282,11 +271,18 @@ class Policy(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     refuse_central_noise: Annotated[
         bool, Meta(description="refuse noise = 'central', where the server sees the sum without noise")
     ] = False
+    trusted: Annotated[
+        tuple[str, ...],
+        Meta(
+            description='what a site opens because a plan names it: "module:factory" that it imports, SHA-256 of files '
+            "that it reads; nothing else"
+        ),
+    ] = ()
     require_privacy: Annotated[bool, Meta(description="refuse runs without a differential-privacy claim")] = False
     require_secure_aggregation: Annotated[bool, Meta(description="refuse plain aggregation")] = False
 
 
-Data = BreastCancer | Table
+Data = BreastCancer | Table | Arrays
 Target = Classification | Regression | Rating | Survival | Cox
 
 
@@ -302,7 +298,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     ] = 0
     data: Data = msgspec.field(default_factory=BreastCancer)
     task: Target = msgspec.field(default_factory=Classification)
-    model: Model = msgspec.field(default_factory=Model)
+    model: Network = msgspec.field(default_factory=MLP)
     method: Method = msgspec.field(default_factory=Reptile)
     server: Server = msgspec.field(default_factory=Plain)
     privacy: Privacy = msgspec.field(default_factory=Privacy)
@@ -324,6 +320,10 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
             raise ValueError(f"column {min(known)!r} can not be an input: task {name!r} predicts it")
         if self.metric not in self.task.metrics:
             raise ValueError(f"evaluation.metric = {self.metric!r}: task {name!r} has {', '.join(self.task.metrics)}")
+        if self.privacy.standardise_epsilon is not None and not isinstance(self.model, MLP):
+            raise ValueError(
+                "privacy.standardise_epsilon goes into the first layer of model.kind = 'mlp'; leave it away with others"
+            )
         if self.task.coupled and self.method.sends and self.privacy.unit in (PrivacyUnit.RECORD, PrivacyUnit.PATIENT):
             raise ValueError(
                 f"task.name = {name!r} with privacy.unit = {self.privacy.unit.value!r} has no guarantee: each record "

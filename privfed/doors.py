@@ -42,10 +42,19 @@ class Split:
 def split(config: Config, data: SiteData, key: bytes) -> Split:
     """Training and test records, by a keyed hash of each patient, or of each record where nobody is named.
 
+    Records that their table marks as test records are these.
+
     Args:
         key: bytes[32], the site's split key.
+
+    Raises:
+        ConfigError: some patient has marked and unmarked records.
     """
     testing = keyed_fraction(data.units, key=key, label="test") < config.evaluation.test_fraction
+    if data.test is not None:
+        testing = data.test
+        if len(np.intersect1d(data.units[testing], data.units[~testing])):
+            raise ConfigError("data.test marks some records of a patient and not others: mark all of them or none")
     train = data.rows(~testing)
     return Split(train, data.rows(testing), _parts(config, train, key))
 

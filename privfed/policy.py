@@ -4,7 +4,7 @@ from privfed.privacy.events import NoiseSite, PrivacyUnit
 
 from .config import Policy
 from .errors import PrivfedError
-from .terms import claimed_colluders, cohort_in, shares_noise
+from .terms import claimed_colluders, cohort_in, opened, shares_noise
 from .wire import RoundPlan
 
 
@@ -39,6 +39,9 @@ def check_policy(plan: RoundPlan, policy: Policy, *, insecure: bool) -> None:
             raise PolicyRefusal(f"policy.max_epsilon = {policy.max_epsilon:g}, the plan has privacy.unit = 'none'")
     if policy.require_secure_aggregation and not secure:
         raise PolicyRefusal("policy.require_secure_aggregation = true, the plan has aggregation.kind = 'plain'")
+    for name in opened(config):
+        if name not in policy.trusted:
+            raise PolicyRefusal(f"the plan names {name!r}, which policy.trusted of this site does not list")
     if config.privacy.delta > policy.max_delta:
         raise PolicyRefusal(f"policy.max_delta = {policy.max_delta:g}, the plan has delta = {config.privacy.delta:g}")
     if config.privacy.insecure_seed is not None and not insecure:

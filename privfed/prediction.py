@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 
 from . import config_io, folder
+from .data.arrays import Arrays
 from .data.columns import encode, unknown_values
 from .data.files import first_line, read_frame
 from .errors import ConfigError
@@ -38,7 +39,8 @@ def predict(run: Path | str, file: Path | str, *, site: str | None = None) -> Pr
 
     Args:
         run: folder of a finished run.
-        file: CSV or Parquet with the run's input columns, in any order; further columns are ignored.
+        file: CSV or Parquet with the run's input columns, in any order; further columns are ignored. Of a run on
+            arrays, a file with its array of inputs.
         site: use this site's personal model instead of the global one.
 
     Raises:
@@ -58,6 +60,10 @@ def predict(run: Path | str, file: Path | str, *, site: str | None = None) -> Pr
         if site not in personal:
             raise ConfigError(f"no site {site!r} in this run; its sites are {', '.join(map(repr, personal))}")
         theta = personal[site]
+    if isinstance(config.data, Arrays):
+        rows = torch.from_numpy(config.data.read_inputs(str(file), features=len(inputs)))
+        said = config.task.predictions(outputs_of(model, theta, rows), classes)
+        return Predictions(pd.DataFrame({"row": range(1, len(rows) + 1), **said}), ())
     columns = config.data.columns
     names = [column.name for column in columns]
     data = config.data

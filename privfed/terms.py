@@ -4,7 +4,6 @@ A site and the coordinator derive the same from the same plan. Nothing here has 
 """
 
 import hashlib
-import itertools
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,7 +33,8 @@ from .cohort import Cohort
 from .config import Config
 from .errors import ConfigError
 from .methods import Queries, State
-from .models import Layout, layout, mlp
+from .models import Factory, Inputs, Layout, Part, layout, pieces
+from .models import Network as Kind
 from .parameters import to_vector
 
 
@@ -55,20 +55,47 @@ class Schema:
 
 def build_model(config: Config, schema: Schema) -> nn.Module:
     """The run's network at its public start parameters."""
-    outputs, norm = config.task.outputs(schema.classes), config.model.norm == "group"
-    return mlp(schema.features, config.model.hidden, outputs, seed=config.seed, norm=norm)
+    return config.model.build(inputs_of(config, schema.features), outputs_of(config, schema), seed=config.seed)
+
+
+def opened(config: Config) -> tuple[str, ...]:
+    """What a party imports or reads because the configuration names it, as ``policy.trusted`` lists it."""
+    return (config.model.factory,) if isinstance(config.model, Factory) else ()
+
+
+def inputs_of(config: Config, features: int) -> Inputs:
+    """What the run's network is told of its ``features``."""
+    return Inputs(features, config.data.items_at)
+
+
+def outputs_of(config: Config, schema: Schema) -> int:
+    """How many outputs the run's network has."""
+    return config.task.outputs(schema.classes)
+
+
+@lru_cache(maxsize=64)
+def _pieces(model: Kind, inputs: Inputs, outputs: int) -> tuple[tuple[Part, int], ...]:
+    """Part and size of each parameter. On the meta device, where a network takes no room."""
+    with torch.device("meta"):
+        return pieces(model.build(inputs, outputs, seed=0))
 
 
 def parameter_count(config: Config, schema: Schema) -> int:
     """How many parameters the run's network has, without building it."""
-    widths = [schema.features, *config.model.hidden, config.task.outputs(schema.classes)]
-    scales = 2 * sum(config.model.hidden) if config.model.norm == "group" else 0
-    return sum((above + 1) * below for above, below in itertools.pairwise(widths)) + scales
+    found = _pieces(config.model, inputs_of(config, schema.features), outputs_of(config, schema))
+    return sum(size for _, size in found)
 
 
 def model_layout(config: Config, features: int, parameters: int) -> Layout:
-    """Which of the ``parameters`` of the run's network are its head, its body and its normalisation."""
-    return layout(features, config.model.hidden, parameters, norm=config.model.norm == "group")
+    """Which of the ``parameters`` of the run's network are its head, its body and its normalisation.
+
+    Raises:
+        ValueError: the run's network has another number of them.
+    """
+    found = _pieces(config.model, inputs_of(config, features), config.task.outputs(len(config.data.classes)))
+    if (size := sum(size for _, size in found)) != parameters:
+        raise ValueError(f"the run's network has {size} parameters, not {parameters}")
+    return layout(found)
 
 
 def first_states(config: Config, schema: Schema) -> tuple[State, State]:
@@ -90,7 +117,7 @@ def sent(config: Config, features: int, parameters: int) -> Tensor:
         if not parts[part].any():
             raise ConfigError(
                 f"method {type(config.method).__name__} keeps the model's {part} at the sites, and this model has "
-                "none: set model.hidden and model.norm = 'group'"
+                "none: set model.hidden and model.norm = 'group', or a model.kind with GroupNorm"
             )
     if not leaves.any():
         raise ConfigError(

@@ -30,10 +30,10 @@ class OpacusDoor(NoisedDoor):
     Guarantees:
         Each answer is PoissonSampled(q, Gaussian(σ)) for one record added to or removed from the drawn part. A draw
         without records is answered with noise. What is computed for a record before its clip does not depend, to the
-        last bit, on the other records, for networks of linear layers, ReLU and cross-entropy: see `_InOrder`. Norms
-        and sums are float64, whose rounding is below 1e-9 C. A record whose gradient is not finite counts as zero.
-        The number of records, drawn or held, changes nothing but the sum. The privacy of q and of the denominator rests
-        on the caller: they must be public.
+        last bit, on the other records: see `_InOrder`; networks with more than linear layers and ReLU are asked for
+        one record at a time. Norms and sums are float64, whose rounding is below 1e-9 C. A record whose gradient is
+        not finite counts as zero. The number of records, drawn or held, changes nothing but the sum. The privacy of q
+        and of the denominator rests on the caller: they must be public.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class OpacusDoor(NoisedDoor):
         for module in self._module.modules():
             if type(module) is nn.Linear:
                 module.forward = partial(_linear, module)  # type: ignore[method-assign]
+        self._alone = not all(type(module) in _BY_ROW for module in model.modules())
         self._parameters = list(self._module.parameters())
         size = sum(parameter.numel() for parameter in self._parameters)
         super().__init__(parameters=size, records=records, settings=settings, randomness=randomness)
@@ -77,6 +78,17 @@ class OpacusDoor(NoisedDoor):
 
     def _backward(self, inputs: Tensor, targets: Tensor) -> None:
         """Leaves each record's gradient in the parameters' grad_sample."""
+        if not self._alone or len(targets) < 2:
+            self._backward_at_once(inputs, targets)
+            return
+        each: list[list[Tensor]] = []
+        for row in range(len(targets)):
+            self._backward_at_once(inputs[row : row + 1], targets[row : row + 1])
+            each.append([parameter.grad_sample for parameter in self._parameters])
+        for parameter, samples in zip(self._parameters, zip(*each, strict=True), strict=True):
+            parameter.grad_sample = torch.cat(samples)
+
+    def _backward_at_once(self, inputs: Tensor, targets: Tensor) -> None:
         self._optimizer.zero_grad()
         with warnings.catch_warnings():
             # torch warns that inputs need no gradient; Opacus's hooks do not need them to.
@@ -120,6 +132,10 @@ class OpacusDoor(NoisedDoor):
             return True
         alone = torch.cat([loss_a, loss_b])
         return not all(torch.allclose(x, y, rtol=1e-4, atol=1e-5) for x, y in ((losses, alone), (together, a + b)))
+
+
+_BY_ROW = (nn.Sequential, nn.Linear, nn.ReLU, nn.Flatten, nn.Unflatten, nn.Identity)
+"""Layers whose every output number is, to the last bit, a function of its own row, with `_InOrder` for the linear."""
 
 
 def refuse_coupling_layers(model: nn.Module) -> None:

@@ -23,7 +23,7 @@ from privfed.privacy.oracle.door import ALL, group
 
 from .. import doors, wire
 from ..cohort import cohort_of
-from ..config import Aggregation, Config, Evaluation, Model
+from ..config import Aggregation, Config, Evaluation
 from ..data.records import SiteData, Sites, keyed_fraction, public_split_key
 from ..engines.contract import Engine
 from ..errors import ConfigError
@@ -163,7 +163,6 @@ def _simulated(target: Target, seed: int) -> Config:
         name="audit",
         rounds=config.rounds,
         seed=config.seed,
-        model=Model(),
         method=method,
         privacy=msgspec.structs.replace(
             privacy,

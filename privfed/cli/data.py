@@ -9,7 +9,9 @@ import typer
 from .exits import FAILED
 from .output import print_json
 
-app = typer.Typer(help="Known data sets, and a check of your own table.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Known data sets, a check of your own table, and simulated sites.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 def _folder() -> Path:
@@ -99,3 +101,75 @@ def check(
         typer.echo(found.proposal, nl=False)
     if found.problems:
         raise typer.Exit(FAILED)
+
+
+@app.command()
+def split(
+    file: Annotated[str, typer.Argument(help="A CSV (also .gz) or Parquet file.")],
+    out: Annotated[Path, typer.Option("--out", help="The assignment: a new CSV file of row numbers and sites.")],
+    kind: Annotated[str, typer.Option("--kind", help="column, iid, dirichlet, quantity or feature.")] = "iid",
+    sites: Annotated[int | None, typer.Option("--sites", help="How many simulated sites.", min=1)] = None,
+    alpha: Annotated[float | None, typer.Option("--alpha", help="dirichlet, quantity: concentration.")] = None,
+    by: Annotated[str | None, typer.Option("--by", help="column, feature: the column.")] = None,
+    strength: Annotated[float, typer.Option("--strength", help="feature: 1 sorts, 0 is chance.", min=0, max=1)] = 0.8,
+    label: Annotated[str | None, typer.Option("--label", help="The column to predict.")] = None,
+    patient: Annotated[str | None, typer.Option("--patient", help="Its records stay together.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Public.", min=0)] = 0,
+    plot: Annotated[Path | None, typer.Option("--plot", help="A picture: .svg, .png or .pdf.")] = None,
+    copy: Annotated[Path | None, typer.Option("--copy", help="A new folder: the records too, one file a site.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
+) -> None:
+    """Cut one table into sites. Writes who is where; records are copied only with --copy."""
+    import dataclasses
+
+    import msgspec
+
+    from privfed.data.partition import Partition
+    from privfed.data.split import draw
+    from privfed.data.split import split as cut
+    from privfed.errors import ConfigError
+
+    kinds: dict[str, dict[str, object]] = {
+        "column": {"--by": by},
+        "iid": {"--sites": sites},
+        "dirichlet": {"--sites": sites, "--alpha": alpha, "--label": label},
+        "quantity": {"--sites": sites, "--alpha": alpha},
+        "feature": {"--sites": sites, "--by": by},
+    }
+    if kind not in kinds:
+        raise ConfigError(f"--kind must be one of {', '.join(kinds)}, got {kind!r}")
+    if missing := [name for name, value in kinds[kind].items() if value is None]:
+        raise ConfigError(f"--kind {kind} needs {' and '.join(missing)}")
+    settings = {"kind": kind, "sites": sites, "alpha": alpha, "column": by, "strength": strength}
+    wanted: dict[str, tuple[str, ...]] = {
+        "iid": (),
+        "dirichlet": ("alpha",),
+        "quantity": ("alpha",),
+        "feature": ("column", "strength"),
+    }
+    partition: Partition | str
+    if kind == "column":
+        partition = str(by)
+    else:
+        try:
+            asked = {name: settings[name] for name in ("kind", "sites", *wanted[kind])}
+            partition = msgspec.convert(asked, Partition)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"privfed data split: {error}") from None
+    for path in (out, plot, copy):
+        if path is not None and path.exists():
+            raise ConfigError(f"{path} exists: name a new one")
+    found = cut(file, partition, seed=seed, label=label, patient=patient)
+    found.write(out)
+    if plot is not None:
+        draw(found, plot)
+    if copy is not None:
+        found.copy(copy)
+    if json:
+        rows = [dataclasses.asdict(site) for site in found.sites]
+        print_json({"records": len(found.names), "seed": seed, "out": str(out), "sites": rows})
+        return
+    typer.echo(f"{file}: {len(found.names)} records in {len(found.sites)} sites; who is where: {out}")
+    for site in found.sites:
+        typer.echo(f"  {site.name:<16} {site.records:>7}  {'  '.join(f'{k}: {v}' for k, v in site.labels.items())}")
+    typer.echo(f'in a run: data.partition = {{ kind = "file", file = "{out}" }}, without data.site')

@@ -50,7 +50,14 @@ class Categorical(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             raise ValueError(f"values of column {self.name!r} must differ from each other (1, 1.0 and 01 are the same)")
 
 
-Column = Numeric | Categorical
+class Item(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A column that names items by the numbers 1 to count. A missing or other value is 0, the unknown item."""
+
+    name: Annotated[str, Meta(min_length=1, description="header of the column")]
+    count: Annotated[int, Meta(ge=1, le=2**24 - 1, description="public: how many items there are")]
+
+
+Column = Numeric | Categorical | Item
 
 
 def input_names(columns: Sequence[Column]) -> tuple[str, ...]:
@@ -59,6 +66,8 @@ def input_names(columns: Sequence[Column]) -> tuple[str, ...]:
     for column in columns:
         if isinstance(column, Categorical):
             names += [f"{column.name}={value}" for value in column.values]
+        elif isinstance(column, Item):
+            names.append(column.name)
         else:
             names.append(column.name)
             if column.missing:
@@ -73,12 +82,26 @@ def input_ranges(columns: Sequence[Column]) -> tuple[tuple[float, float], ...]:
         if isinstance(column, Categorical):
             ranges += [(0.0, 1.0)] * len(column.values)
             continue
+        if isinstance(column, Item):
+            ranges.append((0.0, float(column.count)))
+            continue
         low, high = column.range
         typical = (low + high) / 2 if column.typical is None else column.typical
         ranges.append((4 * (low - typical) / (high - low), 4 * (high - typical) / (high - low)))
         if column.missing:
             ranges.append((0.0, 1.0))
     return tuple(ranges)
+
+
+def item_positions(columns: Sequence[Column]) -> tuple[tuple[int, int], ...]:
+    """(position among the model's inputs, count) of each item column."""
+    found: list[tuple[int, int]] = []
+    at = 0
+    for column in columns:
+        if isinstance(column, Item):
+            found.append((at, column.count))
+        at += len(input_names([column]))
+    return tuple(found)
 
 
 def encode(
@@ -116,8 +139,13 @@ def unknown_values(
             if unknown.any():
                 notes.append(f"column {column.name!r}: {rows(frame.index.to_numpy()[unknown])} hold no listed value")
             continue
-        low, high = column.range
         parsed = numbers(frame[column.name], missing, decimal)
+        if isinstance(column, Item):
+            strange = ~np.isnan(parsed) & (_items(parsed, column) == 0)
+            if strange.any():
+                notes.append(f"column {column.name!r}: {rows(frame.index.to_numpy()[strange])} name no known item")
+            continue
+        low, high = column.range
         outside = (parsed < low) | (parsed > high)  # a missing value is neither
         if outside.any():
             where = rows(frame.index.to_numpy()[outside])
@@ -202,10 +230,18 @@ def _encode_column(
         number = listed.get_indexer(pd.Index(canonical(values).astype(object)))
         hot: NDArray[np.float32] = (number[:, None] == np.arange(len(listed))[None, :]).astype(np.float32)
         return hot
+    parsed = numbers(values, missing, decimal)
+    if isinstance(column, Item):
+        return _items(parsed, column)[:, None]
     low, high = column.range
     typical = (low + high) / 2 if column.typical is None else column.typical
-    parsed = numbers(values, missing, decimal)
     gone = np.isnan(parsed)
     scaled = 4 * (np.clip(np.where(gone, typical, parsed), low, high) - typical) / (high - low)
     inputs: NDArray[np.float32] = np.column_stack([scaled, gone] if column.missing else [scaled]).astype(np.float32)
     return inputs
+
+
+def _items(parsed: NDArray[np.float64], column: Item) -> NDArray[np.float32]:
+    """float32[n]: the items' numbers, 0 for what is none."""
+    known = (parsed == np.round(parsed)) & (parsed >= 1) & (parsed <= column.count)  # NaN is not
+    return np.where(known, parsed, 0.0).astype(np.float32)

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +20,14 @@ class SiteData:
         inputs: float32[n, F], standardised from public ranges.
         targets: int64[n], class numbers; float32[n], what another task makes of the label.
         patients: uint64[n]: stands for the patient of each record; None where the table names none.
+        test: bool[n]: the test records, where the table marks them; None where the keyed split chooses them.
     """
 
     ids: NDArray[np.uint64] = field(repr=False)
     inputs: Tensor = field(repr=False)
     targets: Tensor = field(repr=False)
     patients: NDArray[np.uint64] | None = field(default=None, repr=False)
+    test: NDArray[np.bool_] | None = field(default=None, repr=False)
 
     @property
     def units(self) -> NDArray[np.uint64]:
@@ -38,7 +41,8 @@ class SiteData:
         """The records where ``mask`` bool[n] is true."""
         keep = torch.from_numpy(np.flatnonzero(mask))
         patients = None if self.patients is None else self.patients[mask]
-        return SiteData(self.ids[mask], self.inputs[keep], self.targets[keep], patients)
+        test = None if self.test is None else self.test[mask]
+        return SiteData(self.ids[mask], self.inputs[keep], self.targets[keep], patients, test)
 
     def scaled(self, mean: Tensor, deviation: Tensor) -> "SiteData":
         """The records with inputs (x − mean) / deviation, float32[F] each."""
@@ -47,8 +51,9 @@ class SiteData:
     def fingerprint(self, key: bytes) -> str:
         """Hex HMAC-SHA256 of the records: names the data set in a ledger, and tells nothing without the site's key."""
         digest = hmac.new(key, digestmod=hashlib.sha256)
-        arrays = [self.ids, self.inputs.numpy(), self.targets.numpy()]
-        for array in arrays if self.patients is None else [*arrays, self.patients]:
+        arrays: list[NDArray[Any]] = [self.ids, self.inputs.numpy(), self.targets.numpy()]
+        arrays += [array for array in (self.patients, self.test) if array is not None]
+        for array in arrays:
             digest.update(repr((array.dtype.str, array.shape)).encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 

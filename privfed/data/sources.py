@@ -51,6 +51,10 @@ class BreastCancer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_
     def decimal(self) -> str:
         return "."
 
+    @property
+    def items_at(self) -> tuple[tuple[int, int], ...]:
+        return ()
+
     def load(self, *, seed: int, task: Task | None = None) -> Sites:
         """The simulated hospitals of a public ``seed``; the ``task`` can be but the two classes."""
         from sklearn.datasets import load_breast_cancer

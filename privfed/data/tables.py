@@ -1,13 +1,12 @@
 """A consortium's own table: CSV or Parquet files, with what is public about them declared in the configuration."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import numpy as np
 import pandas as pd
-import torch
 from msgspec import Meta
 from numpy.typing import NDArray
 
@@ -18,6 +17,7 @@ from privfed.tasks.task import usable
 from .columns import (
     Categorical,
     Column,
+    Item,
     Numeric,
     canonical,
     distinct,
@@ -25,19 +25,22 @@ from .columns import (
     input_names,
     input_ranges,
     is_missing,
+    item_positions,
     numbers,
     parse,
     rows,
     spellings,
 )
 from .files import read_frame
-from .records import SiteData, Sites
+from .partition import Partition, Uncut
+from .parts import Part, gathered
+from .records import Sites
 
 
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="source", tag="csv"):
     """Records in CSV files (also .gz) or Parquet files.
 
-    Either one file with a ``site`` column, or ``files``, one a site.
+    One file with a ``site`` column, or ``files``, one a site; or one file that ``partition`` cuts.
     """
 
     file: Annotated[str | None, Meta(description="the table; a path, or a name under the folder in PRIVFED_DATA")] = (
@@ -74,6 +77,12 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     ] = None
     numeric: Annotated[tuple[Numeric, ...], Meta(description="numeric inputs")] = ()
     categorical: Annotated[tuple[Categorical, ...], Meta(description="inputs that are names")] = ()
+    items: Annotated[tuple[Item, ...], Meta(description="inputs that name an item by its number")] = ()
+    test: Annotated[
+        str | None,
+        Meta(description="column that is 1 for test records and 0 for others, instead of evaluation.test_fraction"),
+    ] = None
+    partition: Annotated[Partition | None, Meta(description="cut the file into simulated sites")] = None
     missing_values: Annotated[tuple[str, ...], Meta(description="texts that mean: no value")] = ("", "NA", "NaN", "?")
     drop_incomplete: Annotated[bool, Meta(description="leave out records with a missing input")] = False
     minimum_records: Annotated[
@@ -84,8 +93,13 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     def __post_init__(self) -> None:
         if (self.file is None) == (not self.files):
             raise ValueError("data needs either file (with site) or files")
-        if self.file is not None and self.site is None:
-            raise ValueError("data.file needs data.site, the column that names the site of a record")
+        if self.file is not None and (self.site is None) == (self.partition is None):
+            raise ValueError(
+                "data.file needs data.site, the column that names the site of a record, or data.partition, which "
+                "cuts it into simulated sites: one of them"
+            )
+        if self.files and self.partition is not None:
+            raise ValueError("data.partition cuts one file, and data.files names the sites already: remove one")
         if len(self.classes) == 1:
             raise ValueError("data.classes must name at least two classes")
         texts = pd.Series(spellings(tuple(text for values in self.classes.values() for text in values)), dtype=str)
@@ -94,9 +108,10 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
                 "data.classes must give each class its texts, and no text twice (1, 1.0 and 01 are the same)"
             )
         if not self.columns:
-            raise ValueError("data needs at least one numeric or categorical input")
+            raise ValueError("data needs at least one numeric or categorical input, or items")
         names = [column.name for column in self.columns]
         taken = {self.label: "the label", self.site: "the site", self.id: "the id", self.patient: "the patient's id"}
+        taken[self.test] = "the mark of test records"
         for name in names:
             if name in taken or names.count(name) > 1:
                 raise ValueError(f"column {name!r} can not be an input: it is {taken.get(name, 'listed twice')}")
@@ -104,13 +119,18 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     @property
     def columns(self) -> tuple[Column, ...]:
         """The inputs, in the model's order."""
-        return (*self.numeric, *self.categorical)
+        return (*self.numeric, *self.categorical, *self.items)
+
+    @property
+    def items_at(self) -> tuple[tuple[int, int], ...]:
+        """(position, count) of each input that names an item."""
+        return item_positions(self.columns)
 
     def load(self, *, seed: int, task: Task | None = None) -> Sites:
         """The sites' records.
 
         Args:
-            seed: not used: these sites are as they are.
+            seed: public, of ``partition``; sites that are real are as they are.
             task: what is read from the label columns; default the classes.
 
         Raises:
@@ -118,67 +138,41 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         """
         files = self.files if self.file is None else {"": self.file}
         task = task or Classification()
-        parts = [self._part(site, file, task) for site, file in files.items()]
-        notes: list[str] = []
-        left_out = sum(part.left_out for part in parts)
-        if left_out:
-            notes.append(f"{left_out} of {sum(part.rows for part in parts)} records left out (label or missing value)")
-        for column in self.columns:
-            if not any(column.name in part.filled for part in parts):
-                notes.append(f"column {column.name!r} has no value in any record: it tells nothing, remove it")
-        sites: dict[str, SiteData] = {}
-        small = 0
-        for site, records in sorted(
-            (pair for part in parts for pair in part.by_site()), key=lambda pair: _natural(pair[0])
-        ):
-            if len(records) < self.minimum_records:
-                small += 1
-                continue
-            sites[site] = records
-            if len(records) == 1:
-                notes.append(f"site {site!r} has one record: nothing can be measured there")
-            elif self.classes and len(np.unique(records.targets.numpy())) == 1:
-                notes.append(f"site {site!r} has one class only: AUROC is undefined there")
-        if small:
-            notes.append(f"{small} sites with fewer than {self.minimum_records} usable records left out")
-        if not sites:
-            raise DataError(f"no site has {self.minimum_records} usable records: lower data.minimum_records")
-        if self.classes:
-            self._look_at_classes(sites, notes)
+        parts = [self._part(site, file, task, seed) for site, file in files.items()]
+        classes = tuple(self.classes)
+        sites, notes = gathered(parts, classes=classes, label=self.label, minimum_records=self.minimum_records)
+        filled = set().union(*(part.filled for part in parts))
+        notes += [
+            f"column {column.name!r} has no value in any record: it tells nothing, remove it"
+            for column in self.columns
+            if column.name not in filled
+        ]
         return Sites(
             sites=sites,
             inputs=input_names(self.columns),
             ranges=input_ranges(self.columns),
-            classes=tuple(self.classes),
-            simulated=False,
-            description=f"{sum(map(len, sites.values()))} records of {len(sites)} sites",
+            classes=classes,
+            simulated=self.partition is not None,
+            description=f"{sum(map(len, sites.values()))} records of {len(sites)} "
+            f"{'simulated ' if self.partition is not None else ''}sites",
             notes=tuple(notes),
         )
 
-    def _look_at_classes(self, sites: dict[str, SiteData], notes: list[str]) -> None:
-        seen = {int(number) for records in sites.values() for number in np.unique(records.targets.numpy())}
-        unseen = [name for number, name in enumerate(self.classes) if number not in seen]
-        if len(seen) == 1:
-            raise DataError(
-                f"label column {self.label!r}: every record is of one class, none of {', '.join(map(repr, unseen))}: "
-                "there is nothing to learn; check data.classes"
-            )
-        notes.extend(f"class {name!r} has no record: the model can not learn it" for name in unseen)
-
-    def _part(self, site: str, file: str, task: Task) -> "_Part":
+    def _part(self, site: str, file: str, task: Task, seed: int) -> "_Part":
         """One file's records."""
         columns = list(dict.fromkeys([*(column.name for column in self.columns), self.label, *task.columns]))
-        own = [self.site, self.id, self.patient if self.patient != self.id else None]
+        own = [self.site, self.id, self.patient if self.patient != self.id else None, self.test]
         columns += [name for name in own if name is not None and not (name == self.site and site)]
         frame = read_frame(file, columns, header=self.header, separator=self.separator, maximum_rows=self.maximum_rows)
         try:
-            return self._encoded(frame, site, task)
+            return self._encoded(frame, site, task, seed)
         except DataError as error:
             raise DataError(f"{file}: {error}") from None
 
-    def _encoded(self, frame: pd.DataFrame, site: str, task: Task) -> "_Part":
+    def _encoded(self, frame: pd.DataFrame, site: str, task: Task, seed: int) -> "_Part":
         missing = frozenset(self.missing_values)
-        where = pd.Series(site, index=frame.index, dtype=str) if site else self._sites_of(frame, missing)
+        given = site or self.partition is not None
+        where = pd.Series(site, index=frame.index, dtype=str) if given else self._sites_of(frame, missing)
         targets = task.targets(TableLabels(frame, self.label, self.classes, missing, self.decimal))
         other = ~usable(targets)
         if other.any() and self.other_labels == "refuse":
@@ -194,7 +188,21 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
                 keep &= ~gone
         inputs = encode(frame, self.columns, missing=missing, decimal=self.decimal)
         ids, patients = self._ids(frame, where), self._patients(frame, where)
-        return _Part(ids, patients, where.to_numpy(object), inputs, targets, keep, filled)
+        test = None if self.test is None else self._marks(frame, self.test)
+        sites = where.to_numpy(object)
+        if self.partition is not None:
+            labels = np.nan_to_num(targets) if targets.dtype.kind == "f" else targets
+            uncut = Uncut(ids if patients is None else patients, labels, inputs, input_names(self.columns))
+            sites = np.array(self.partition.assign(uncut, seed), dtype=object)
+        return _Part(ids, patients, sites, inputs, targets, keep, test, frozenset(filled))
+
+    def _marks(self, frame: pd.DataFrame, column: str) -> NDArray[np.bool_]:
+        """bool[n]: the test records."""
+        marks = canonical(frame[column])
+        wrong = ~marks.isin(["0", "1"]).to_numpy(bool)
+        if wrong.any():
+            raise DataError(f"test column {column!r}: {rows(frame.index.to_numpy()[wrong])} are neither 0 nor 1")
+        return (marks == "1").to_numpy(bool)
 
     def _sites_of(self, frame: pd.DataFrame, missing: frozenset[str]) -> "pd.Series[str]":
         """The site of each record, one spelling each."""
@@ -284,41 +292,10 @@ _SITE = "\0site"
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One file's records, row by row."""
+class _Part(Part):
+    """And the columns that hold some value."""
 
-    ids: NDArray[np.uint64]
-    patients: NDArray[np.uint64] | None
-    sites: NDArray[np.object_]
-    inputs: NDArray[np.float32]
-    targets: NDArray[Any]
-    keep: NDArray[np.bool_]
-    filled: set[str]
-
-    @property
-    def rows(self) -> int:
-        return len(self.keep)
-
-    @property
-    def left_out(self) -> int:
-        return int((~self.keep).sum())
-
-    def by_site(self) -> Iterator[tuple[str, SiteData]]:
-        """Each site's records that are kept, in the file's order; a site that keeps none is there, empty."""
-        number, names = pd.factorize(self.sites)
-        order = np.argsort(number, kind="stable")
-        ends = np.cumsum(np.bincount(number, minlength=len(names)))
-        for at, name in zip(np.split(order, ends[:-1]), names, strict=True):
-            kept = at[self.keep[at]]
-            yield (
-                str(name),
-                SiteData(
-                    self.ids[kept],
-                    torch.from_numpy(self.inputs[kept]),
-                    torch.from_numpy(self.targets[kept]),
-                    None if self.patients is None else self.patients[kept],
-                ),
-            )
+    filled: frozenset[str] = frozenset()
 
 
 def _content(values: "pd.Series[str]") -> NDArray[np.uint64]:
@@ -336,8 +313,3 @@ def _content(values: "pd.Series[str]") -> NDArray[np.uint64]:
 def _hashes(frame: pd.DataFrame) -> NDArray[np.uint64]:
     hashes: NDArray[np.uint64] = np.asarray(pd.util.hash_pandas_object(frame, index=False), dtype=np.uint64)
     return hashes
-
-
-def _natural(name: str) -> tuple[int, int | str]:
-    """Site "2" before site "10", numbers before names."""
-    return (0, int(name)) if name.isdecimal() else (1, name)

@@ -9,7 +9,9 @@ from decimal import ROUND_CEILING, Decimal
 from pathlib import PurePath
 
 from privfed.config import Config
+from privfed.data.arrays import Arrays
 from privfed.data.tables import Table
+from privfed.models import CNN, MLP, Embedding, Factory, Signal
 from privfed.privacy.adversaries import Adversary as Seen
 from privfed.privacy.events import NoiseSite, PrivacyUnit
 
@@ -61,6 +63,8 @@ def data_name(config: Config) -> str:
     if isinstance(config.data, Table):
         files = [config.data.file] if config.data.file else sorted(config.data.files.values())
         return ", ".join(PurePath(file).name for file in files[:3]) + (" and more" if len(files) > 3 else "")
+    if isinstance(config.data, Arrays):
+        return PurePath(config.data.file).name
     return str(type(config.data).__struct_config__.tag)
 
 
@@ -77,6 +81,12 @@ _LINEAR = {
     "rating": "linear model of ratings",
     "survival": "logistic model of hazards",
     "cox": "Cox regression",
+}
+_NETWORKS = {
+    MLP: "neural network",
+    CNN: "convolutional network",
+    Signal: "convolutional network over time",
+    Embedding: "model of items",
 }
 _METRICS = {
     "auroc": "AUROC",
@@ -97,10 +107,18 @@ def task_name(config: Config) -> str:
 
 
 def model_name(config: Config) -> str:
-    if not config.model.hidden:
+    model = config.model
+    if isinstance(model, Factory):
+        return f"network of the user's own ({model.factory})"
+    if isinstance(model, MLP) and not model.hidden:
         return _LINEAR[task_name(config)]
-    widths = ", ".join(map(str, config.model.hidden))
-    return f"neural network (hidden layer{'s' if len(config.model.hidden) > 1 else ''} of {widths})"
+    widths = ", ".join(map(str, model.hidden))
+    hidden = [f"hidden layer{'s' if len(model.hidden) > 1 else ''} of {widths}"] if model.hidden else []
+    if isinstance(model, CNN | Signal):
+        hidden.insert(0, f"{', '.join(map(str, model.channels))} channels")
+    if isinstance(model, Embedding):
+        hidden.insert(0, f"{model.width} numbers an item")
+    return f"{_NETWORKS[type(model)]} ({'; '.join(hidden)})"
 
 
 def headline(history: History) -> str:
@@ -502,7 +520,7 @@ def _sites(count: int) -> str:
 def _unit(config: Config, unit: str) -> str:
     if unit == PrivacyUnit.CLIENT.value:
         return "one site, with everything that it sends"
-    column = config.data.patient if isinstance(config.data, Table) else None
+    column = config.data.patient if isinstance(config.data, Table | Arrays) else None
     if unit == PrivacyUnit.PATIENT.value and column is not None:
         return f"one patient: all records of a site with the same {column!r}"
     return f"one {unit}"

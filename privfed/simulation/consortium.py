@@ -6,6 +6,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
 from privfed.crypto.journal import Journal, JournalFile, SQLiteJournal
 from privfed.crypto.keys import MemoisedVerify
 from privfed.crypto.roster import FIRST_PREVIOUS, Identity, Roster
@@ -24,7 +26,7 @@ from ..errors import ConfigError, RunFolderError
 from ..key_holder import KeyHolder, SiteWithKey
 from ..seals import COORDINATOR
 from ..site import Site
-from ..terms import KEY_HOLDER, Schema, needs_key_holder
+from ..terms import KEY_HOLDER, Schema, needs_key_holder, opened
 from ..witness import Witness
 from ..workers import workers
 from .durable import DurableEngine
@@ -87,6 +89,8 @@ def open_consortium(
     seed = config.privacy.insecure_seed
     processes = config.simulation.threads if needs_key_holder(config) else 1
     self_test, verify = SelfTest(), MemoisedVerify()
+    # Whoever typed the configuration runs these sites too, and trusts what is named in it
+    policy = msgspec.structs.replace(config.policy, trusted=(*config.policy.trusted, *opened(config)))
     with ExitStack() as stack:
         book, pool = stack.enter_context(Ledger(ledger)), stack.enter_context(workers(processes))
         answered = _journal_file(journal)
@@ -107,7 +111,7 @@ def open_consortium(
                 else noise.insecure_key(seed, name.encode()),
                 split_key=public_split_key(config.seed),
                 insecure=seed is not None,
-                policy=config.policy,
+                policy=policy,
                 accountant=accountant,
                 pool=pool,
                 self_test=self_test,
@@ -124,7 +128,7 @@ def open_consortium(
                 identity=identities[name],
                 roster=roster,
                 journal=SQLiteJournal(answered, f"{name}, as key holder"),
-                policy=config.policy,
+                policy=policy,
             )
             handlers[name] = SiteWithKey(sites[name], key_holder) if name in sites else key_holder
         carrier = LocalEngine(handlers) if together is None else CohortEngine(handlers, together)

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 import privfed
 from privfed import config_io
 from privfed.api import prepare
-from privfed.config import Aggregation, Config, Evaluation, Model, Outage, Policy, Privacy, Simulation
+from privfed.config import Aggregation, Config, Evaluation, Outage, Policy, Privacy, Simulation
 from privfed.data.columns import Categorical, Numeric
 from privfed.data.sources import BreastCancer
 from privfed.data.tables import Table
 from privfed.errors import ConfigError
 from privfed.methods import FedAvg, Fomaml, Local, Reptile
+from privfed.models import MLP
 
 
 def loaded(text: str, path: Path, *overrides: str) -> Config:
@@ -185,7 +186,7 @@ ODD = {
     "outages": Config(
         simulation=Simulation(outages=(Outage(round=0, site='a "b" \\ é'), Outage(round=9, site="c", step="evaluate")))
     ),
-    "deep": Config(model=Model(hidden=(65536, 1)), evaluation=Evaluation(metric="auroc", every=7)),
+    "deep": Config(model=MLP(hidden=(65536, 1)), evaluation=Evaluation(metric="auroc", every=7)),
     "policy": Config(policy=Policy(max_epsilon=math.inf, require_privacy=True)),
     "a table": Config(data=TABLE),
 }

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from privfed.config import Config
 from privfed.evaluation import fraction_hurt, outputs_of, spread
-from privfed.models import layout, mlp
+from privfed.models import MLP, layout, mlp, pieces
+from privfed.terms import Schema, model_layout, parameter_count
 
 
 def test_every_site_counts_once() -> None:
@@ -57,24 +59,24 @@ def test_a_model_is_the_same_for_the_same_public_seed_and_logistic_regression_st
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("hidden", [(), (5,), (5, 3)])
 def test_the_parts_of_a_model_are_those_of_its_layers(hidden: tuple[int, ...], norm: bool) -> None:
-    """By index, from the sizes alone, and the same as the kinds of the built network's layers say."""
+    """By index, and the same as the kinds of the built network's layers say."""
     model = mlp(4, hidden, 2, seed=0, norm=norm)
     kinds: list[str] = []
     linear = [module for module in model if isinstance(module, nn.Linear)]
     for module in model:
         kind = "norm" if isinstance(module, nn.GroupNorm) else "head" if module is linear[-1] else "body"
         kinds += [kind] * sum(parameter.numel() for parameter in module.parameters())
-    parts = layout(4, hidden, len(kinds), norm=norm)
+    parts = layout(pieces(model))
     assert [next(part for part, mask in parts.items() if mask[at]) for at in range(len(kinds))] == kinds
     assert sum(int(mask.sum()) for mask in parts.values()) == len(kinds)
-    with pytest.raises(ValueError, match="more than 0 parameters"):
-        layout(4, hidden, 0, norm=norm)
 
 
-def test_a_layout_is_refused_before_it_is_built() -> None:
+def test_a_network_is_counted_before_it_is_built() -> None:
     """A plan may name any widths: nothing of their size is allocated."""
-    with pytest.raises(ValueError, match="more than 10 parameters"):
-        layout(65536, (65536,) * 30, 10)
+    config, schema = Config(model=MLP(hidden=(65536,) * 30)), Schema(features=65536, classes=2)
+    assert parameter_count(config, schema) == 30 * 65536 * 65537 + 2 * 65537
+    with pytest.raises(ValueError, match="parameters, not 10"):
+        model_layout(config, 65536, 10)
 
 
 def test_a_record_is_normalised_by_itself() -> None:

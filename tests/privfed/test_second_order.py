@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 
 from privfed.methods import Anil, FederatedMethod, Maml, MetaSGD, PerFedAvg
-from privfed.models import layout, mlp
+from privfed.models import layout, mlp, pieces
 from privfed.privacy.errors import NoGuarantee
 from privfed.privacy.oracle.door import DoorSettings, Records, curvature
 from privfed.privacy.oracle.opacus import OpacusDoor
@@ -64,7 +64,7 @@ def naive(theta: Tensor, rates: Tensor, steps: int) -> Tensor:
 
 
 START = parameters_to_vector(network().parameters()).detach()
-LAYOUT = layout(*SHAPE[:2], len(START))
+LAYOUT = layout(pieces(network()))
 
 
 def sent(method: FederatedMethod, door: Any) -> Tensor:

@@ -20,7 +20,6 @@ from privfed.cohort import cohort_of
 from privfed.config import (
     Aggregation,
     Config,
-    Model,
     Outage,
     Policy,
     Privacy,
@@ -42,6 +41,7 @@ from privfed.federation import Federation, RoundReport
 from privfed.figures import Released
 from privfed.folder import RunFolder
 from privfed.methods import FedAvg, FedSGD, Fomaml
+from privfed.models import MLP
 from privfed.noise_levels import noise_levels
 from privfed.parameters import decode, encode
 from privfed.privacy import shared
@@ -508,7 +508,7 @@ def test_the_released_mean_is_the_mean_of_the_clipped_gradients(tmp_path: Path) 
 
 def test_the_noise_in_a_real_sum_is_what_is_booked_and_independent_between_sites(tmp_path: Path) -> None:
     """The residual of every site's vector, taken where it goes into the secure sum."""
-    settings = msgspec.structs.replace(claim(), model=Model(hidden=(64,)))
+    settings = msgspec.structs.replace(claim(), model=MLP(hidden=(64,)))
     house = House(tmp_path)
     parameters = 3 * 64 + 64 + 64 * 2 + 2
     encoding = encoding_of(settings, cohort_of(settings, 5), parameters, 5.0)
@@ -634,7 +634,7 @@ def test_no_model_makes_a_site_refuse_because_of_one_record(
     tmp_path: Path, unit: PrivacyUnit, noise: NoiseSite, kind: str, purpose: wire.Purpose
 ) -> None:
     settings = msgspec.structs.replace(
-        claim(unit, noise, sample_rate=1.0), model=Model(hidden=(1,) * DEEP), aggregation=Aggregation(kind=kind)
+        claim(unit, noise, sample_rate=1.0), model=MLP(hidden=(1,) * DEEP), aggregation=Aggregation(kind=kind)
     )
     if purpose == "figures":
         settings = changed(settings, "evaluation", release="private", metric="auroc")

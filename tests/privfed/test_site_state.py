@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from privfed import wire
-from privfed.config import Aggregation, Config, Model, Privacy
+from privfed.config import Aggregation, Config, Privacy
 from privfed.engines.local import LocalEngine
 from privfed.errors import ConfigError
 from privfed.federation import Federation
 from privfed.folder import Checkpoint, RunFacts, RunFolder
 from privfed.methods import MRMTL, Ditto, FedBABU, FedPer, FedRep, LocalNorm, Method, Scaffold
-from privfed.models import layout
+from privfed.models import MLP, layout, pieces
 from privfed.parameters import to_vector
 from privfed.privacy.events import NoiseSite, PrivacyUnit
 from privfed.terms import build_model, sent, update_size
@@ -39,7 +39,7 @@ HEAD = 4 * 2 + 2
 def settings(method: Method, **changes: Any) -> Config:
     return config(
         method=method,
-        model=Model(hidden=(4,), norm="group"),
+        model=MLP(hidden=(4,), norm="group"),
         privacy=NOISY,
         aggregation=Aggregation(kind="plain"),
         **changes,
@@ -152,10 +152,10 @@ def test_only_what_may_leave_is_in_the_message(method: Any, size: int, tmp_path:
 def test_what_stays_is_out_of_the_noised_sum_too(tmp_path: Path) -> None:
     """Noise of a whole site's update is added to what is sent, not to a head that nobody sends."""
     privacy = Privacy(unit=PrivacyUnit.CLIENT, noise=NoiseSite.DISTRIBUTED, noise_multiplier=1.0, target_epsilon=1e4)
-    run = config(method=FedRep(head_steps=1, personal_steps=1), model=Model(hidden=(4,)), privacy=privacy)
+    run = config(method=FedRep(head_steps=1, personal_steps=1), model=MLP(hidden=(4,)), privacy=privacy)
     start = to_vector(build_model(run, SCHEMA))
     state = rounds(House(tmp_path).federation(run), 2)
-    head = layout(SCHEMA.features, (4,), len(start))["head"]
+    head = layout(pieces(build_model(run, SCHEMA)))["head"]
     assert torch.equal(state["theta"][head], start[head])
     assert bool((state["theta"][~head] != start[~head]).all())
 
@@ -179,12 +179,12 @@ def test_a_round_that_is_tried_again_begins_with_the_same_state(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("method", "model", "reason"),
     [
-        (FedRep(), Model(), "keeps the model's last layer at the sites, and this model has no other: set model.hidden"),
-        (FedBABU(), Model(), "set model.hidden"),
-        (LocalNorm(), Model(hidden=(4,)), "set model.hidden and model.norm = 'group'"),
+        (FedRep(), MLP(), "keeps the model's last layer at the sites, and this model has no other: set model.hidden"),
+        (FedBABU(), MLP(), "set model.hidden"),
+        (LocalNorm(), MLP(hidden=(4,)), "set model.hidden and model.norm = 'group'"),
     ],
     ids=["fedrep", "fedbabu", "local-norm"],
 )
-def test_a_model_without_the_parts_is_refused(method: Method, model: Model, reason: str, tmp_path: Path) -> None:
+def test_a_model_without_the_parts_is_refused(method: Method, model: MLP, reason: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=reason):
         House(tmp_path).federation(config(method=method, model=model))

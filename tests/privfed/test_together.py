@@ -16,13 +16,14 @@ from torch import Tensor
 
 import privfed
 from privfed import wire
-from privfed.config import Aggregation, Config, Evaluation, Model, Outage, Policy, Privacy, Simulation
+from privfed.config import Aggregation, Config, Evaluation, Outage, Policy, Privacy, Simulation
 from privfed.data.records import SiteData
 from privfed.data.sources import BreastCancer
 from privfed.engines.contract import Handler
 from privfed.engines.local import LocalEngine
 from privfed.federation import RoundReport
 from privfed.methods import FedAvg, FedSGD, Fomaml, Local, Maml, PerFedAvg, Reptile, Scaffold
+from privfed.models import MLP
 from privfed.privacy.errors import PrivacyError
 from privfed.privacy.events import NoiseSite, PrivacyUnit
 from privfed.privacy.ledger import Ledger
@@ -41,7 +42,7 @@ from .house import SCHEMA, House, changed, config, records, state_of
 # One of each way to ask a door; tests/privfed/test_matrix.py has the others
 METHODS = (FedAvg(), FedSGD(), Fomaml(), Local(), Maml(), PerFedAvg(difference=0.1), Scaffold())
 CLAIMS = [*itertools.product(PrivacyUnit, NoiseSite)]
-HIDDEN = Model(hidden=(4,))
+HIDDEN = MLP(hidden=(4,))
 
 
 def grouped(seed: int) -> SiteData:

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import privfed
-from privfed.config import Aggregation, Config, Model, Simulation
+from privfed.config import Aggregation, Config, Simulation
 from privfed.crypto.homomorphic import client
+from privfed.models import MLP
 from privfed.workers import workers
 
 from .test_homomorphic_run import small
@@ -22,7 +23,7 @@ def wide(threads: int) -> Config:
     # 30 · 150 + 150 + 150 · 2 + 2 = 4952 parameters: two ciphertexts of one field
     return small(
         rounds=1,
-        model=Model(hidden=(150,)),
+        model=MLP(hidden=(150,)),
         aggregation=Aggregation(kind="homomorphic"),
         simulation=Simulation(threads=threads),
     )
