@@ -117,7 +117,7 @@ def sent(config: Config, features: int, parameters: int) -> Tensor:
         if not parts[part].any():
             raise ConfigError(
                 f"method {type(config.method).__name__} keeps the model's {part} at the sites, and this model has "
-                "none: set model.hidden and model.norm = 'group', or a model.kind with GroupNorm"
+                "none: set model.hidden and model.norm = 'group', or a model.name with GroupNorm"
             )
     if not leaves.any():
         raise ConfigError(

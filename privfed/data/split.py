@@ -4,9 +4,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from privfed.errors import ConfigError, DataError
 
@@ -91,7 +93,7 @@ def split(
             raise DataError(f"column {partition!r} names no site in some rows: fill them")
     else:
         units = np.arange(len(frame)) if patient is None else pd.factorize(canonical(frame[patient]))[0]
-        coded = np.zeros(len(frame), np.int64) if labels is None else pd.factorize(labels)[0]
+        coded: NDArray[Any] = np.zeros(len(frame), np.int64) if labels is None else pd.factorize(labels)[0]
         if labels is not None and _are_numbers(labels):
             coded = numbers(frame[str(label)], frozenset({""}))
         inputs = np.zeros((len(frame), 0))

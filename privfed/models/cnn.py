@@ -14,7 +14,7 @@ from .network import Inputs, check_shape, seeded
 Side = Annotated[int, Meta(ge=1, le=4096)]
 
 
-class CNN(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="cnn"):
+class CNN(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="name", tag="cnn"):
     """Blocks of convolution, GroupNorm, ReLU and 2 × 2 maximum, then dense layers.
 
     GroupNorm (Wu and He 2018) normalises each record by itself; batch normalisation would mix records.

@@ -14,7 +14,7 @@ from .network import Inputs, seeded
 
 
 class Embedding(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="embedding"
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="name", tag="embedding"
 ):
     """A learned vector for every item of ``data.items``, beside the other inputs; then dense layers.
 
@@ -28,7 +28,7 @@ class Embedding(
 
     def build(self, inputs: Inputs, outputs: int, *, seed: int) -> nn.Sequential:
         if not inputs.items:
-            raise ConfigError("model.kind = 'embedding' looks items up: name their columns under data.items")
+            raise ConfigError("model.name = 'embedding' looks items up: name their columns under data.items")
         with seeded(seed):
             vectors = Vectors(inputs, self.width)
             return nn.Sequential(vectors, *dense(vectors.outputs, self.hidden, outputs, norm=False))

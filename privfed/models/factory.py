@@ -13,7 +13,7 @@ from privfed.errors import ConfigError
 from .network import Inputs, seeded
 
 
-class Factory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="factory"):
+class Factory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="name", tag="factory"):
     """``module:factory``, imported from the machine that runs it: ``factory(inputs: int, outputs: int) -> nn.Module``.
 
     The module maps float32[B, inputs] to float32[B, outputs]. Only the name travels, never code; a site imports what

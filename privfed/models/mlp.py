@@ -13,7 +13,7 @@ Widths = tuple[Annotated[int, Meta(ge=1, le=65536)], ...]
 Norm = Annotated[str, Meta(pattern="^(none|group)$")]
 
 
-class MLP(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="mlp"):
+class MLP(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="name", tag="mlp"):
     """Linear layers with ReLU between them."""
 
     hidden: Annotated[Widths, Meta(description="widths of the hidden layers; [] is logistic regression")] = ()

@@ -48,7 +48,7 @@ def seeded(seed: int) -> Iterator[None]:
 def check_numbers(inputs: Inputs, kind: str) -> None:
     """Raise `ConfigError` if some input is the number of an item: its size means nothing."""
     if inputs.items:
-        raise ConfigError(f"model.kind = {kind!r} takes measurements, and data.items are names: use kind = 'embedding'")
+        raise ConfigError(f"model.name = {kind!r} takes measurements, and data.items are names: use name = 'embedding'")
 
 
 def check_shape(inputs: Inputs, shape: tuple[int, ...], kind: str) -> None:

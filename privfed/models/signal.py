@@ -11,7 +11,7 @@ from .mlp import Widths, dense
 from .network import Inputs, check_shape, seeded
 
 
-class Signal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="signal"):
+class Signal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="name", tag="signal"):
     """Blocks of convolution over time, GroupNorm, ReLU and maximum of two, then dense layers."""
 
     shape: Annotated[tuple[Side, Side], Meta(description="channels and points in time of a record's inputs")]

@@ -127,7 +127,7 @@ def test_a_run_on_images_from_its_toml_to_its_predictions(tmp_path: Path) -> Non
                 "range": [0, 255],
                 "partition": {"kind": "iid", "sites": 3},
             },
-            "model": {"kind": "cnn", "shape": [1, 4, 4], "channels": [4], "groups": 2},
+            "model": {"name": "cnn", "shape": [1, 4, 4], "channels": [4], "groups": 2},
             "method": {"name": "fedavg", "lr": 0.5, "personal_steps": 2},
             "privacy": {"target_epsilon": 20.0, "expected_batch_size": 15.0},
             "evaluation": {"local_steps": 5, "metric": "accuracy"},

@@ -128,7 +128,7 @@ def test_a_record_s_gradient_is_the_same_to_the_last_bit_whoever_else_is_drawn()
 @pytest.mark.parametrize(
     ("model", "inputs", "message"),
     [
-        (MLP(), Inputs(2, ((0, 5),)), "use kind = 'embedding'"),
+        (MLP(), Inputs(2, ((0, 5),)), "use name = 'embedding'"),
         (Embedding(), Inputs(2), "name their columns under data.items"),
         (CNN(shape=(1, 5, 5)), Inputs(24), "holds 25 numbers, and a record has 24 inputs"),
         (CNN(shape=(1, 8, 8), kernel=4), Inputs(64), "must be odd, got 4"),
@@ -180,10 +180,10 @@ def test_a_site_imports_nothing_that_its_own_policy_does_not_trust() -> None:
 @pytest.mark.parametrize(
     "table",
     [
-        {"kind": "cnn", "shape": [1, 8, 8], "channels": [4]},
-        {"kind": "signal", "shape": [3, 16], "channels": [4], "kernel": 7},
-        {"kind": "embedding", "width": 4},
-        {"kind": "factory", "factory": "own_network:make"},
+        {"name": "cnn", "shape": [1, 8, 8], "channels": [4]},
+        {"name": "signal", "shape": [3, 16], "channels": [4], "kernel": 7},
+        {"name": "embedding", "width": 4},
+        {"name": "factory", "factory": "own_network:make"},
         {"hidden": [8]},
     ],
 )
@@ -195,5 +195,5 @@ def test_a_model_in_toml_comes_back_the_same(table: dict[str, Any]) -> None:
 
 
 def test_standardised_inputs_are_for_networks_whose_first_layer_can_take_them_in() -> None:
-    with pytest.raises(ConfigError, match=r"standardise_epsilon goes into the first layer of model\.kind = 'mlp'"):
-        decode({"model": {"kind": "cnn", "shape": [1, 5, 6]}, "privacy": {"standardise_epsilon": 0.5}})
+    with pytest.raises(ConfigError, match=r"standardise_epsilon goes into the first layer of model\.name = 'mlp'"):
+        decode({"model": {"name": "cnn", "shape": [1, 5, 6]}, "privacy": {"standardise_epsilon": 0.5}})
