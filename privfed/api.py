@@ -27,22 +27,24 @@ from .federation import Federation, RoundReport
 from .folder import Checkpoint, RunFacts, RunFolder
 from .methods import State
 from .noise_levels import meets_training, noise_levels, side_plan
-from .parameters import load_vector, to_vector
+from .parameters import to_vector
 from .report import render
 from .schedule import Spending
 from .selection import best, check_selection, stalled
 from .simulation.consortium import Consortium, members, open_consortium
 from .standardisation import fold
-from .summary import Summary, metrics_line, report_of, summarize
+from .summary import Summary, claim_of, metrics_line, report_of, summarize
 from .terms import (
     Schema,
     build_model,
     checked_encoding,
     deployment_of,
+    finished,
     parameter_count,
     update_size,
     worthwhile_colluders,
 )
+from .transfer.base import require_digest
 
 Observer = Callable[[RoundReport], None]
 
@@ -114,6 +116,7 @@ def prepare(config: Config, *, facts: RunFacts | None = None) -> Preparation:
     schema = Schema(features=len(data.inputs), classes=len(data.classes), ranges=data.ranges)
     if config.privacy.standardise_epsilon is not None and not data.ranges:
         raise ConfigError("privacy.standardise_epsilon needs a data source that declares its inputs' public ranges")
+    _require_files(config)
     if facts is None:
         noise_multiplier, side_noise = noise_levels(config, cohort, schema, accountant)
     else:
@@ -128,6 +131,21 @@ def prepare(config: Config, *, facts: RunFacts | None = None) -> Preparation:
         side_noise=side_noise,
         accountant=accountant,
     )
+
+
+def _require_files(config: Config) -> None:
+    """Return if what the configuration names beside its data is here, and is what it names.
+
+    Raises:
+        ConfigError, DataError: it is not, or fits no network of this run.
+    """
+    transfer = config.transfer
+    if transfer.base is not None:
+        require_digest(transfer.base, transfer.sha256, "transfer.sha256")
+    if transfer.public_source is not None:
+        if transfer.public_source.file is None:
+            raise ConfigError("transfer.public_source needs one file")
+        require_digest(transfer.public_source.file, transfer.source_sha256, "transfer.source_sha256")
 
 
 def run(
@@ -356,14 +374,18 @@ def _leave(
     ready: Preparation, home: RunFolder, state: State, consortium: Consortium, summary: Summary, *, page: bool
 ) -> None:
     """Write what a finished run leaves, and erase what only an unfinished one needs."""
-    model = build_model(ready.config, ready.schema)
 
     def as_used(theta: torch.Tensor) -> nn.Module:
-        load_vector(model, theta)
+        model = finished(ready.config, ready.schema, theta)
         fold(model, state)  # a user's inputs are not standardised
         return model
 
-    about = {"run": summary.run, "inputs": json.dumps(ready.data.inputs), "classes": json.dumps(ready.data.classes)}
+    about = {
+        "run": summary.run,
+        "claim": claim_of(summary.privacy),
+        "inputs": json.dumps(ready.data.inputs),
+        "classes": json.dumps(ready.data.classes),
+    }
     home.save_tensors(folder.MODEL, dict(as_used(state["theta"]).named_parameters()), about)
     personal = {
         name: to_vector(as_used(site.private_state["theta"]))

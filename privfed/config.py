@@ -15,10 +15,11 @@ from privfed.privacy.units import PatientSampling
 from .data.arrays import Arrays
 from .data.sources import BreastCancer
 from .data.tables import Table
-from .methods import Method, Reptile
+from .methods import Method, Reptile, Weighted
 from .methods.server import Plain, Server
 from .models import MLP, Network
 from .tasks import Classification, Cox, Rating, Regression, Survival
+from .transfer import Everything, Transfer
 
 
 class Section(msgspec.Struct, frozen=True):
@@ -299,6 +300,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     data: Data = msgspec.field(default_factory=BreastCancer)
     task: Target = msgspec.field(default_factory=Classification)
     model: Network = msgspec.field(default_factory=MLP)
+    transfer: Transfer = msgspec.field(default_factory=Everything)
     method: Method = msgspec.field(default_factory=Reptile)
     server: Server = msgspec.field(default_factory=Plain)
     privacy: Privacy = msgspec.field(default_factory=Privacy)
@@ -324,6 +326,12 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
             raise ValueError(
                 "privacy.standardise_epsilon goes into the first layer of model.name = 'mlp'; leave it away with others"
             )
+        if self.privacy.standardise_epsilon is not None and self.transfer != Everything():
+            raise ValueError(
+                "privacy.standardise_epsilon would shift the inputs that [transfer]'s base knows: remove one"
+            )
+        if isinstance(self.method, Weighted) != (self.transfer.public_source is not None):
+            raise ValueError("method.name = 'weighted' and transfer.public_source need each other: set both or none")
         if self.task.coupled and self.method.sends and self.privacy.unit in (PrivacyUnit.RECORD, PrivacyUnit.PATIENT):
             raise ValueError(
                 f"task.name = {name!r} with privacy.unit = {self.privacy.unit.value!r} has no guarantee: each record "

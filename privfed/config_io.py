@@ -139,7 +139,7 @@ def _with_default_tags(table: dict[str, Any]) -> dict[str, Any]:
     """A section that does not say which source or method it is for means the default one."""
     defaults = Config()
     filled = dict(table)
-    for name in ("data", "task", "model", "method", "server"):
+    for name in ("data", "task", "model", "transfer", "method", "server"):
         settings = type(getattr(defaults, name)).__struct_config__
         if isinstance(table.get(name), dict):
             filled[name] = {settings.tag_field: settings.tag, **table[name]}

@@ -79,18 +79,22 @@ def contribute(
         return Contribution(shares.noised_sum(method.point(state)), shares.charges, in_shares=True)
     if isinstance(encoding, ClientSum):
         exact = doors.exact_door(config, schema, records, noise.derive_key(key, b"draw"), oracle=oracle)
-        update, after = method.contribute(state, shared, exact)
+        sourced = doors.with_source(config, schema, exact, key, oracle=oracle)
+        update, after = method.contribute(state, shared, sourced)
         vector = encoding.encode(update[0, leaves].numpy(), noise.derive_key(key, b"release"))
         return Contribution(vector, (Charge(encoding.event()),), in_shares=not encoding.at_server, shared=after)
     if config.privacy.unit is PrivacyUnit.NONE:
-        update, after = method.contribute(state, shared, doors.exact_door(config, schema, records, key, oracle=oracle))
+        exact = doors.exact_door(config, schema, records, key, oracle=oracle)
+        sourced = doors.with_source(config, schema, exact, key, oracle=oracle)
+        update, after = method.contribute(state, shared, sourced)
         # An update without noise is booked as what it is: ε of these records is infinite from now on.
         free = (Charge(Gaussian(noise_multiplier=0.0)),)
         return Contribution(encoding.grid.encode(update[0, leaves].numpy()), free, in_shares=False, shared=after)
     private = doors.private_door(
         config, schema, records, noise_multiplier=noise_multiplier, key=key, network=network, oracle=oracle
     )
-    update, after = method.contribute(state, shared, private)
+    sourced = doors.with_source(config, schema, private, key, oracle=oracle)
+    update, after = method.contribute(state, shared, sourced)
     planned = planned_charges(config, encoding, noise_multiplier)
     if sorted(private.charges, key=repr) != sorted(planned, key=repr):
         raise PrivfedError(

@@ -1,7 +1,9 @@
 """A site's records behind doors: who is for training, who for testing, and which door a run's claim demands."""
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -13,14 +15,20 @@ from privfed.privacy.oracle.opacus import OpacusDoor
 from privfed.privacy.oracle.patients import PatientDoor
 from privfed.privacy.oracle.plain import PlainDoor
 from privfed.privacy.oracle.shares import ShareDoor
+from privfed.privacy.oracle.source import SourcedDoor
 from privfed.privacy.oracle.together import AskingDoor, AskingPlainDoor, Oracle
 from privfed.privacy.shared import RecordSum
 from privfed.privacy.units import Patients
 
 from .config import Config
 from .data.records import SiteData, keyed_fraction
-from .errors import ConfigError
-from .terms import Schema, build_model, split_id, whole_group
+from .errors import ConfigError, DataError
+from .terms import Schema, build_model, divided, split_id, whole_group
+from .transfer import Everything
+from .transfer.base import digest_of
+
+_SOURCE_BATCH = 256  # public records of a draw, on average
+_AT_ONCE = 1024  # records that pass a frozen base together
 
 Network = tuple[nn.Module, Loss]
 """A model and its loss, in the place of the run's own: for audits, whose canaries choose their gradients."""
@@ -50,6 +58,7 @@ def split(config: Config, data: SiteData, key: bytes) -> Split:
     Raises:
         ConfigError: some patient has marked and unmarked records.
     """
+    data = seen(config, data)
     testing = keyed_fraction(data.units, key=key, label="test") < config.evaluation.test_fraction
     if data.test is not None:
         testing = data.test
@@ -57,6 +66,18 @@ def split(config: Config, data: SiteData, key: bytes) -> Split:
             raise ConfigError("data.test marks some records of a patient and not others: mark all of them or none")
     train = data.rows(~testing)
     return Split(train, data.rows(testing), _parts(config, train, key))
+
+
+@torch.no_grad()
+def seen(config: Config, data: SiteData) -> SiteData:
+    """The records as the trained network sees them: what a frozen base makes of each, if there is one."""
+    if type(config.transfer) is Everything:
+        return data
+    schema = Schema(features=data.inputs.shape[1], classes=len(config.data.classes))
+    frozen, _ = divided(config, schema)
+    if frozen is None or len(data) == 0:
+        return data
+    return replace(data, inputs=torch.cat([frozen(rows) for rows in torch.split(data.inputs, _AT_ONCE)]))
 
 
 def _parts(config: Config, train: SiteData, key: bytes) -> dict[str, Tensor]:
@@ -180,6 +201,28 @@ def local_door(config: Config, schema: Schema, records: Split, *, oracle: Oracle
     return _plain_door(config, schema, records, 1.0, np.random.default_rng(0), oracle)
 
 
+def with_source(config: Config, schema: Schema, door: Door, key: bytes, *, oracle: Oracle | None = None) -> Door:
+    """The door, and the run's public source beside it where it has one.
+
+    Args:
+        key: bytes[32]: the draws of public records come from it; a draw tells nothing of the site's own.
+
+    Raises:
+        DataError: the source's file is not the one that the configuration names.
+    """
+    if config.transfer.public_source is None:
+        return door
+    source = public_source(config)
+    everyone = Records(source.inputs, source.targets, {ALL: torch.arange(len(source))})
+    rate = min(1.0, _SOURCE_BATCH / len(source))
+    drawn = noise.generator(noise.derive_key(key, b"source"))
+    if oracle is not None:
+        return SourcedDoor(door, AskingPlainDoor(oracle, records=everyone, sample_rate=rate, randomness=drawn))
+    model = build_model(config, schema)
+    plain = PlainDoor(model=model, loss=config.task.loss, records=everyone, sample_rate=rate, randomness=drawn)
+    return SourcedDoor(door, plain)
+
+
 def _plain_door(
     config: Config,
     schema: Schema,
@@ -202,3 +245,30 @@ def _plain_door(
 
 def _records(config: Config, records: Split) -> Records:
     return Records(records.train.inputs, records.train.targets, records.parts, split_id(config), whole_group(config))
+
+
+def public_source(config: Config) -> SiteData:
+    """The public records of ``transfer.public_source``, as the trained network sees them.
+
+    Raises:
+        DataError: their file is not here, or not the one that the configuration names; or it can not be read.
+    """
+    return _public_source(msgspec.msgpack.encode(config))
+
+
+@lru_cache(maxsize=2)
+def _public_source(encoded: bytes) -> SiteData:
+    """Once for all sites of a process."""
+    config = msgspec.msgpack.decode(encoded, type=Config)
+    source = config.transfer.public_source
+    assert source is not None  # `with_source`
+    file = source.file
+    try:
+        right = file is not None and digest_of(file) == config.transfer.source_sha256
+    except DataError:
+        right = False
+    if not right:
+        raise DataError("transfer.public_source is not here, or is not the file that transfer.source_sha256 names")
+    sites = [seen(config, records) for records in source.load(seed=config.seed, task=config.task).sites.values()]
+    inputs, targets = torch.cat([site.inputs for site in sites]), torch.cat([site.targets for site in sites])
+    return SiteData(np.concatenate([site.ids for site in sites]), inputs, targets)

@@ -15,7 +15,7 @@ from .errors import ConfigError
 from .evaluation import outputs_of
 from .folder import RunFolder
 from .parameters import to_vector
-from .terms import Schema, build_model
+from .terms import Schema, whole_network
 
 _MAXIMUM_ROWS = 2_000_000
 
@@ -52,7 +52,7 @@ def predict(run: Path | str, file: Path | str, *, site: str | None = None) -> Pr
     config = config_io.load_config(home.path / folder.CONFIG)
     tensors, facts = home.load_tensors(folder.MODEL)
     inputs, classes = json.loads(facts["inputs"]), json.loads(facts["classes"])
-    model = build_model(config, Schema(features=len(inputs), classes=len(classes)))
+    model = whole_network(config, Schema(features=len(inputs), classes=len(classes)))
     model.load_state_dict(tensors)  # of the run's configuration: both carry a digest
     theta = to_vector(model)
     if site is not None:

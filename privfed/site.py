@@ -60,6 +60,7 @@ from .terms import (
     deployment_of,
     first_states,
     key_holder_of,
+    network_size,
     parameter_count,
     plan_encoding,
     planned_charges,
@@ -575,8 +576,11 @@ class Site:
         elif self._index not in plan.cohort:
             raise wire.WireError(f"{self.name} is not in the plan's cohort")
         size = parameter_count(plan.config, self._schema)
-        if size > self._policy.max_parameters:
-            raise PolicyRefusal(f"policy.max_parameters = {self._policy.max_parameters}, the plan's model has {size}")
+        largest = max(size, network_size(plan.config, self._schema))
+        if largest > self._policy.max_parameters:
+            raise PolicyRefusal(
+                f"policy.max_parameters = {self._policy.max_parameters}, the plan's model has {largest}"
+            )
         state = parameters.decode(state_bytes)
         theta = state.get("theta")
         if theta is None or theta.shape != (size,) or theta.dtype != torch.float32:

@@ -1,5 +1,6 @@
 """The figures of a run: one object for Python, for ``--json`` and for the summary on the screen."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -20,6 +21,7 @@ from .figures import Released
 from .selection import best
 from .tasks import LOWER_IS_BETTER
 from .terms import claimed_colluders, shares_noise
+from .transfer.base import told_by
 
 
 class EpsilonSummary(msgspec.Struct, frozen=True):
@@ -116,6 +118,7 @@ class Summary(msgspec.Struct, frozen=True):
         stopped_early: the figure did not get better for ``evaluation.patience`` measurements.
         kept_round: with ``evaluation.keep = "best"``, the round, from 0, whose model was kept; the figures are always
             those of the last round.
+        base: what the file that the network started from says of its source; None where it started anew.
     """
 
     run: str
@@ -132,9 +135,26 @@ class Summary(msgspec.Struct, frozen=True):
     aggregation: AggregationSummary
     stopped_early: bool = False
     kept_round: int | None = None
+    base: str | None = None
 
     def to_json(self) -> str:
         return msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
+
+
+def claim_of(privacy: PrivacySummary) -> str:
+    """JSON: what the run claims for its records, for whoever starts from its model."""
+    epsilon = None if privacy.insecure_seed else privacy.epsilon.max
+    return json.dumps({"unit": privacy.unit, "epsilon": epsilon, "delta": privacy.delta})
+
+
+def base_words(facts: Mapping[str, Any]) -> str:
+    """What a base says of the records that it was made from. It is the file's own word: their ledger has the proof."""
+    if "run" not in facts:
+        return "a file that says nothing of its source's privacy"
+    epsilon, delta = facts.get("epsilon"), facts.get("delta")
+    if not isinstance(epsilon, float) or not isinstance(delta, float):
+        return f"run {facts['run']}, without a claim for its source's records"
+    return f"run {facts['run']}, ε ≤ {epsilon:.3g} (δ = {delta:g}, {facts.get('unit')}) for its source's records"
 
 
 def summarize(
@@ -197,6 +217,7 @@ def summarize(
         complete=(stopped_early or len(reports) == config.rounds) and (not sends or len(summed) > 0),
         stopped_early=stopped_early,
         kept_round=best(reports, config.metric) if config.evaluation.keep == "best" else None,
+        base=None if config.transfer.base is None else base_words(told_by(config.transfer.base)),
         sites=len(spent),
         simulated=simulated,
         seconds=round(seconds, 3),

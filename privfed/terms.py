@@ -35,7 +35,10 @@ from .errors import ConfigError
 from .methods import Queries, State
 from .models import Factory, Inputs, Layout, Part, layout, pieces
 from .models import Network as Kind
-from .parameters import to_vector
+from .models.network import seeded
+from .parameters import load_vector, to_vector
+from .transfer import Everything, Transfer
+from .transfer.base import start_from, tensors_of
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,46 @@ class Schema:
 
 
 def build_model(config: Config, schema: Schema) -> nn.Module:
-    """The run's network at its public start parameters."""
+    """What the run trains, at its public start parameters: for records that `divided`'s first half has seen, if any."""
+    return divided(config, schema)[1]
+
+
+def divided(config: Config, schema: Schema) -> tuple[nn.Module | None, nn.Module]:
+    """What records pass first, if anything; and what is trained on what it gives. See `Everything.divided`."""
+    whole = whole_network(config, schema)
+    if config.transfer.base is not None:
+        start_from(
+            whole,
+            tensors_of(config.transfer.base, config.transfer.sha256 or ""),
+            fresh_head=config.transfer.fresh_head,
+        )
+    with seeded(config.seed):
+        return config.transfer.divided(whole)
+
+
+def whole_network(config: Config, schema: Schema) -> nn.Module:
+    """The network of ``[model]``, whatever of it is trained."""
     return config.model.build(inputs_of(config, schema.features), outputs_of(config, schema), seed=config.seed)
+
+
+def finished(config: Config, schema: Schema, theta: Tensor) -> nn.Module:
+    """The whole network with what was trained, float32[P], in it: it takes records as they are."""
+    whole, trained = whole_network(config, schema), build_model(config, schema)
+    load_vector(trained, theta)
+    if config.transfer.base is not None:
+        start_from(whole, tensors_of(config.transfer.base, config.transfer.sha256 or ""), fresh_head=True)
+    config.transfer.merge(trained, whole)
+    return whole
 
 
 def opened(config: Config) -> tuple[str, ...]:
     """What a party imports or reads because the configuration names it, as ``policy.trusted`` lists it."""
-    return (config.model.factory,) if isinstance(config.model, Factory) else ()
+    transfer = config.transfer
+    named = [config.model.factory] if isinstance(config.model, Factory) else []
+    named += [transfer.sha256 or transfer.base] if transfer.base is not None else []
+    if transfer.public_source is not None:
+        named.append(transfer.source_sha256 or "transfer.public_source")
+    return tuple(named)
 
 
 def inputs_of(config: Config, features: int) -> Inputs:
@@ -74,16 +110,27 @@ def outputs_of(config: Config, schema: Schema) -> int:
 
 
 @lru_cache(maxsize=64)
-def _pieces(model: Kind, inputs: Inputs, outputs: int) -> tuple[tuple[Part, int], ...]:
-    """Part and size of each parameter. On the meta device, where a network takes no room."""
+def _pieces(model: Kind, transfer: Transfer, inputs: Inputs, outputs: int) -> tuple[tuple[Part, int], ...]:
+    """Part and size of each parameter that is trained. On the meta device, where a network takes no room."""
     with torch.device("meta"):
-        return pieces(model.build(inputs, outputs, seed=0))
+        return pieces(transfer.trained(model.build(inputs, outputs, seed=0)))
 
 
 def parameter_count(config: Config, schema: Schema) -> int:
-    """How many parameters the run's network has, without building it."""
-    found = _pieces(config.model, inputs_of(config, schema.features), outputs_of(config, schema))
-    return sum(size for _, size in found)
+    """How many parameters the run trains, without building its network."""
+    inputs, outputs = inputs_of(config, schema.features), outputs_of(config, schema)
+    return sum(size for _, size in _pieces(config.model, _way(config), inputs, outputs))
+
+
+def _way(config: Config) -> Transfer:
+    """What of the network is trained, without the files that it starts from."""
+    return msgspec.structs.replace(config.transfer, base=None, public_source=None)
+
+
+def network_size(config: Config, schema: Schema) -> int:
+    """How many parameters the run's network has in all, trained or not, without building it."""
+    inputs, outputs = inputs_of(config, schema.features), outputs_of(config, schema)
+    return sum(size for _, size in _pieces(config.model, Everything(), inputs, outputs))
 
 
 def model_layout(config: Config, features: int, parameters: int) -> Layout:
@@ -92,7 +139,8 @@ def model_layout(config: Config, features: int, parameters: int) -> Layout:
     Raises:
         ValueError: the run's network has another number of them.
     """
-    found = _pieces(config.model, inputs_of(config, features), config.task.outputs(len(config.data.classes)))
+    outputs = config.task.outputs(len(config.data.classes))
+    found = _pieces(config.model, _way(config), inputs_of(config, features), outputs)
     if (size := sum(size for _, size in found)) != parameters:
         raise ValueError(f"the run's network has {size} parameters, not {parameters}")
     return layout(found)

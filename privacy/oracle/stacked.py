@@ -245,8 +245,8 @@ def _with_leaves(model: nn.Module) -> tuple[nn.Module, dict[str, Leaf]]:
         if hasattr(layer, "inplace"):
             layer.inplace = False  # it would write over the output that the backward pass goes to
         leaf = leaf_of(layer)
-        if leaf is None:
-            continue
+        if leaf is None or not any(True for _ in layer.parameters(recurse=False)):
+            continue  # what holds no parameters, as a frozen layer, stands there once for all K
         if not name:
             stacked = leaf
         else:

@@ -19,6 +19,7 @@ from .per_fedavg import PerFedAvg
 from .pfedme import PFedMe
 from .reptile import Reptile
 from .scaffold import Scaffold
+from .weighted import Weighted
 
 Method = (
     FedAvg
@@ -38,6 +39,7 @@ Method = (
     | FedBABU
     | LocalNorm
     | FedSGD
+    | Weighted
     | Local
 )
 
@@ -65,4 +67,5 @@ __all__ = [
     "Scaffold",
     "SingleQuery",
     "State",
+    "Weighted",
 ]

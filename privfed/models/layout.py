@@ -12,7 +12,8 @@ Part = Literal["head", "body", "norm"]
 Layout = Mapping[Part, Tensor]
 """bool[P] each: which parameters of a flat model a part has. Each parameter is in one of them."""
 
-_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm1d, nn.InstanceNorm2d)
+NORMS = (nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm1d, nn.InstanceNorm2d)
+"""What normalises, with scales and shifts of its own."""
 
 
 def pieces(network: nn.Module) -> tuple[tuple[Part, int], ...]:
@@ -24,10 +25,10 @@ def pieces(network: nn.Module) -> tuple[tuple[Part, int], ...]:
         parameter: module for module in network.modules() for parameter in module.parameters(recurse=False)
     }  # of a parameter in two layers, the later
     layers = [owner[parameter] for parameter in network.parameters()]
-    head = next((layer for layer in reversed(layers) if not isinstance(layer, _NORMS)), None)
+    head = next((layer for layer in reversed(layers) if not isinstance(layer, NORMS)), None)
 
     def part(layer: nn.Module) -> Part:
-        return "norm" if isinstance(layer, _NORMS) else "head" if layer is head else "body"
+        return "norm" if isinstance(layer, NORMS) else "head" if layer is head else "body"
 
     return tuple(
         (part(layer), parameter.numel()) for layer, parameter in zip(layers, network.parameters(), strict=True)

@@ -159,6 +159,7 @@ def particulars(history: History) -> list[tuple[str, str]]:
         ("Data", data_name(config)),
         ("Task", TASKS[task_name(config)]),
         ("Model", model_name(config)),
+        *([("Started from", summary.base)] if summary.base is not None else []),
         ("Method", method_name(config)),
         ("Aggregation", summary.aggregation.kind if config.method.sends else "none: nothing is sent"),
     ]

@@ -5,6 +5,7 @@ from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from privfed.privacy.oracle.together import Query, StackedOracle
 
 from ..config import Config
 from ..data.records import Sites
+from ..doors import seen
 from ..engines.contract import Handler
 from ..errors import ConfigError
 from ..terms import Schema, build_model
@@ -89,6 +91,7 @@ def meeting(config: Config, data: Sites, schema: Schema) -> Meeting | None:
             return None
         raise ConfigError("simulation.engine = 'cohort': the task's loss would mix the sites' records; use 'opacus'")
     example = next(iter(data.sites.values()))
+    example = seen(config, example.rows(np.arange(len(example)) == 0))
     stacked = partial(
         StackedNetwork, build_model(config, schema), config.task.loss, example.inputs[:1], example.targets[:1]
     )
