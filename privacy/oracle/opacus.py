@@ -45,7 +45,8 @@ class OpacusDoor(NoisedDoor):
         for module in self._module.modules():
             if type(module) is nn.Linear:
                 module.forward = partial(_linear, module)  # type: ignore[method-assign]
-        self._alone = not all(type(module) in _BY_ROW for module in model.modules())
+        by_row = all(type(module) in _BY_ROW for module in model.modules())
+        self._alone = False  # the probe puts two records together, which is where they could meet
         self._parameters = list(self._module.parameters())
         size = sum(parameter.numel() for parameter in self._parameters)
         super().__init__(parameters=size, records=records, settings=settings, randomness=randomness)
@@ -58,6 +59,7 @@ class OpacusDoor(NoisedDoor):
             loss_reduction="sum",
         )
         self._refuse_coupled_loss()
+        self._alone = not by_row
 
     def _sum_at(self, theta: Tensor, rows: Tensor) -> Tensor:
         vector_to_parameters(theta[0].double(), self._parameters)

@@ -29,6 +29,7 @@ from privfed.methods import (
     PFedMe,
     Reptile,
     Scaffold,
+    Weighted,
 )
 from privfed.models import Layout, Part
 from privfed.privacy.events import Charge, NoiseSite, PrivacyUnit
@@ -54,6 +55,7 @@ METHODS: tuple[FederatedMethod, ...] = (
     FedBABU(),
     LocalNorm(),
     FedSGD(),
+    Weighted(),
     Local(),
 )
 PERSONAL = (FedAvg(), FedProx(), Scaffold(), Reptile(), Fomaml(), PerFedAvg(), Maml(), FedSGD(), FedBABU())
@@ -77,6 +79,9 @@ class ToyDoor:
 
     def curvature(self, theta: Tensor, batch: Batch, vector: Tensor) -> Tensor:
         return vector
+
+    def source_gradient(self, theta: Tensor) -> Tensor:
+        return theta
 
     @property
     def charges(self) -> tuple[Charge, ...]:
@@ -198,6 +203,7 @@ GUARANTEES = {
     "fedbabu": STEPS,
     "local-norm": STEPS,
     "fedsgd": ONE_ANSWER,
+    "weighted": STEPS,
     "local": NOTHING_LEAVES,
 }
 
