@@ -64,6 +64,7 @@ def command(
                 "runs": len(todo),
                 "failed": failed,
                 "table": json.loads(results.table.to_json(orient="records")),  # what is no number becomes null
+                "claims": results.claims,
                 "choosing": results.choosing,
             }
         )
@@ -119,4 +120,5 @@ def _show(results: "Results") -> None:
         table.add_row(*row)
     console = Console(highlight=False, markup=False)
     Console(highlight=False, markup=False, width=None if console.is_terminal else 200).print(table)
+    typer.echo("".join(f"\n{claim}" for claim in results.claims))
     typer.echo(f"\n{results.choosing}\n")

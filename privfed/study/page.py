@@ -32,6 +32,7 @@ def page(study: Study, results: Results) -> str:
         rows=table.to_numpy().tolist(),
         panels=_panels(results),
         choosing=results.choosing,
+        claims=results.claims,
         failures=[(str(row["cell"]), str(row["error"])) for _, row in failures.iterrows()],
         metric=next(iter(results.runs.get("metric", pd.Series(dtype=str)).dropna()), "figure"),
         statuses=sorted(set(results.runs.get("status", pd.Series(dtype=str)).dropna())),
@@ -84,10 +85,11 @@ def _name(keys: list[str], values: tuple[object, ...]) -> str:
 
 def _trade_off(axes: Axes, table: pd.DataFrame, measure: str) -> str:
     said = []
+    width = "within" if f"{measure}_within" in table else "ci"
     for name, group in _lines_of(table):
         group = group.sort_values(EPSILON_KEY)
         x = [_position(value) for value in group[EPSILON_KEY]]
-        mean, half = group[measure].to_numpy(float), np.nan_to_num(group[f"{measure}_ci"].to_numpy(float))
+        mean, half = group[measure].to_numpy(float), np.nan_to_num(group[f"{measure}_{width}"].to_numpy(float))
         axes.plot(x, mean, marker=".", label=name)
         axes.fill_between(x, mean - half, mean + half, alpha=0.2)
         said.append(f"{name}: {', '.join(f'{m:.3f}' for m in mean)}")
@@ -95,7 +97,8 @@ def _trade_off(axes: Axes, table: pd.DataFrame, measure: str) -> str:
     axes.set_xscale("log")
     axes.set_xticks([_position(value) for value in ticks], [f"{value:g}" for value in ticks])
     axes.minorticks_off()
-    axes.set(xlabel="target ε", ylabel="mean over sites, band: 95 % over seeds")
+    band = "95 % within seeds" if width == "within" else "95 % over seeds"
+    axes.set(xlabel="target ε", ylabel=f"mean over sites, band: {band}")
     axes.legend(frameon=False, fontsize="small")
     return f"Figure against ε ({', '.join(f'{value:g}' for value in ticks)}). {'; '.join(said)}"
 
@@ -109,6 +112,7 @@ def _spread(axes: Axes, sites: pd.DataFrame) -> str:
     groups = [(_name(keys, v), g["personalized"].dropna()) for v, g in sites.groupby(keys, sort=False, dropna=False)]
     groups = [(name, values) for name, values in groups if len(values)]
     axes.boxplot([values for _, values in groups], orientation="horizontal", tick_labels=[name for name, _ in groups])
+    axes.invert_yaxis()
     axes.set(xlabel="figure of each site, all seeds")
     return "; ".join(f"{name}: median {values.median():.3f}, lowest {values.min():.3f}" for name, values in groups)
 

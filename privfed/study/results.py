@@ -14,7 +14,7 @@ from scipy import stats
 from privfed import folder
 from privfed.privacy import rdp
 from privfed.privacy.errors import NoGuarantee
-from privfed.privacy.events import Charge, PrivacyUnit
+from privfed.privacy.events import Charge, NoiseSite, PrivacyUnit
 from privfed.privacy.ledger import Ledger
 from privfed.privacy.tuning import divergence_of, epsilon_of_best
 from privfed.seals import COORDINATOR
@@ -34,15 +34,19 @@ class Results:
 
     Attributes:
         runs: one row a cell: its settings, its figures, ``error`` where it failed.
-        table: one row a setting: mean over seeds and half the width of the 95 % interval (Student's t) of each figure.
+        table: one row a setting: mean over seeds and half the width of the 95 % interval (Student's t) of each figure;
+            ``…_within`` is that width without what a seed does to all settings alike, to compare settings by (Morey
+            2008), where every setting has every seed.
         sites: one row a cell and site: personalised figure and ε.
         choosing: what releasing the best cell costs, in words.
+        claims: what the ε of the runs mean, in words: each δ, unit, adversary, sampling and accountant that occurs.
     """
 
     runs: pd.DataFrame = field(repr=False)
     table: pd.DataFrame = field(repr=False)
     sites: pd.DataFrame = field(repr=False)
     choosing: str
+    claims: tuple[str, ...] = ()
 
     def write(self, home: Path) -> tuple[Path, ...]:
         """results.csv, results.parquet, sites.csv, table.md and table.tex in the study's folder."""
@@ -73,7 +77,7 @@ def collect(study: Study, cells: Sequence[Cell], home: Path) -> Results:
         rows.append(row)
     runs = pd.DataFrame(rows)
     keys = ["case", *study.grid]
-    return Results(runs, _table(runs, keys), pd.DataFrame(sites), _choosing(cells, home))
+    return Results(runs, _table(runs, keys), pd.DataFrame(sites), _choosing(cells, home), _claims(runs))
 
 
 def _figures(summary: Summary) -> dict[str, object]:
@@ -84,6 +88,10 @@ def _figures(summary: Summary) -> dict[str, object]:
         "noise": privacy.noise,
         "epsilon": privacy.epsilon.max,
         "delta": privacy.delta,
+        "adjacency": privacy.adjacency,
+        "sampling": privacy.sampling,
+        "accountant": privacy.accountant,
+        "colluders": privacy.colluders,
         "metric": utility.metric,
         **{name: figure.mean for name, figure in figures.items()},
         **{f"{name}_worst_decile": figure.worst_decile for name, figure in figures.items()},
@@ -95,6 +103,26 @@ def _figures(summary: Summary) -> dict[str, object]:
         "bytes_up_per_site_per_round": summary.aggregation.bytes_up_per_site_per_round,
         "seconds": summary.seconds,
     }
+
+
+def _claims(runs: pd.DataFrame) -> tuple[str, ...]:
+    if "unit" not in runs:
+        return ()
+    found = []
+    names = ["delta", "unit", "noise", "adjacency", "sampling", "accountant", "colluders"]
+    for delta, unit, noise, adjacency, sampling, accountant, colluders in (
+        runs.loc[runs["unit"].notna() & (runs["unit"] != PrivacyUnit.NONE.value), names].drop_duplicates().to_numpy()
+    ):
+        against = "against everybody"
+        if noise == NoiseSite.DISTRIBUTED.value:
+            against = f"against the server and up to {colluders:.0f} sites that work with it"
+        elif noise == NoiseSite.CENTRAL.value:
+            against = "against everybody but the server"
+        found.append(
+            f"{noise} noise: ε at δ = {delta:g} for one {unit} ({adjacency}), {against}; {sampling}; {accountant} "
+            "accountant"
+        )
+    return tuple(found)
 
 
 def _per_site(path: Path, summary: Summary) -> list[dict[str, object]]:
@@ -116,7 +144,7 @@ _AVERAGED = ("epsilon", *MEASURES, *(f"{name}_worst_decile" for name in MEASURES
 
 def _table(runs: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """One row a setting."""
-    lines = []
+    lines, within = [], _within_seeds(runs, keys)
     for values, group in runs.groupby(keys, sort=False, dropna=False):
         line: dict[str, object] = dict(zip(keys, values, strict=True))
         line["runs"] = int(group["error"].isna().sum())
@@ -125,8 +153,24 @@ def _table(runs: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
             found = pd.to_numeric(group[name], errors="coerce").dropna() if name in group else pd.Series(dtype=float)
             line[name] = float(found.mean()) if len(found) else math.nan
             line[f"{name}_ci"] = _half_width(found.to_numpy())
+            if name in within:
+                line[f"{name}_within"] = _half_width(within.loc[group.index, name].to_numpy())
         lines.append(line)
     return pd.DataFrame(lines)
+
+
+def _within_seeds(runs: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """The measures of each run, less its seed's mean over settings: a hard split of the records is hard for all.
+
+    Morey 2008: with M settings, times √(M / (M − 1)), for what the settings lose by sharing their seed's mean.
+    """
+    names = [name for name in (*MEASURES, *(f"{name}_worst_decile" for name in MEASURES)) if name in runs]
+    names = [name for name in names if pd.to_numeric(runs[name], errors="coerce").notna().all()]
+    settings = runs.groupby(keys, sort=False, dropna=False).ngroups
+    if settings < 2 or len(runs) != settings * runs["seed"].nunique():
+        return pd.DataFrame(index=runs.index)
+    values = runs[names].astype(float)
+    return (values - values.groupby(runs["seed"]).transform("mean")) * math.sqrt(settings / (settings - 1))
 
 
 def _half_width(values: np.ndarray) -> float:
@@ -139,6 +183,8 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
     """The table as text: figures with their intervals, empty columns left out."""
     keys = list(table.columns[: list(table.columns).index("runs")])
     text = table[[key for key in keys if key != "case" or table["case"].astype(bool).any()]].astype(str)
+    short = {key: key.rpartition(".")[2] for key in text.columns}
+    text = text.rename(columns=short) if len({*short.values()}) == len(short) else text
     for name in ("epsilon", *MEASURES, "personalized_worst_decile", "fraction_hurt"):
         if table[name].notna().any():
             pairs = zip(table[name], table[f"{name}_ci"], strict=True)

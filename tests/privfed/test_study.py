@@ -158,6 +158,31 @@ def test_a_cell_that_fails_is_told_and_the_rest_goes_on(tmp_path: Path) -> None:
     assert json.loads((tmp_path / CELLS / todo[1].id / FAILURE).read_text())["traceback"] is None
 
 
+def test_what_a_seed_does_to_all_settings_is_not_between_them() -> None:
+    runs = pd.DataFrame(
+        {"case": list("aabb"), "seed": [0, 1, 0, 1], "error": None, "personalized": [0.7, 0.9, 0.6, 0.8]}
+    )
+    table = results._table(runs, ["case"])
+    assert (table["personalized_ci"] > 1).all() and np.allclose(
+        table["personalized_within"], 0
+    )
+    moved = runs.assign(personalized=[0.7, 0.9, 0.6, 0.84])
+    # Within seeds: ±.05 and ±.03 about 0; times √2 for two settings; t of one degree of freedom, over √2 seeds
+    half = 12.7062 * np.std([0.05, 0.03], ddof=1) * math.sqrt(2) / math.sqrt(2)
+    assert np.allclose(results._table(moved, ["case"])["personalized_within"], half, rtol=1e-4)
+    lost = runs.drop(index=3)
+    assert "personalized_within" not in results._table(lost, ["case"])
+
+
+def test_the_page_says_what_its_epsilon_means(done: tuple[Study, tuple[Cell, ...], Path]) -> None:
+    study, todo, home = done
+    found = collect(study, todo, home)
+    assert len(found.claims) == 2 and all("δ = 1e-05 for one record" in claim for claim in found.claims)
+    local, shared = found.claims
+    assert "against everybody;" in local and "against the server and up to 2 sites" in shared
+    assert all(claim in page(study, found) for claim in found.claims)
+
+
 def test_a_table_of_one_seed_has_no_interval() -> None:
     assert math.isnan(results._half_width(np.array([0.5])))
 
