@@ -163,9 +163,7 @@ def test_what_a_seed_does_to_all_settings_is_not_between_them() -> None:
         {"case": list("aabb"), "seed": [0, 1, 0, 1], "error": None, "personalized": [0.7, 0.9, 0.6, 0.8]}
     )
     table = results._table(runs, ["case"])
-    assert (table["personalized_ci"] > 1).all() and np.allclose(
-        table["personalized_within"], 0
-    )
+    assert (table["personalized_ci"] > 1).all() and np.allclose(table["personalized_within"], 0)
     moved = runs.assign(personalized=[0.7, 0.9, 0.6, 0.84])
     # Within seeds: ±.05 and ±.03 about 0; times √2 for two settings; t of one degree of freedom, over √2 seeds
     half = 12.7062 * np.std([0.05, 0.03], ddof=1) * math.sqrt(2) / math.sqrt(2)
