@@ -390,7 +390,7 @@ def main() -> None:
     report.add("10,000 sites × 100 records, MLP, one round", seconds, "s")
     if torch.cuda.is_available():
         on_gpu(report, sites, records)
-    report.note("Flower with Ray: not measured here yet; it needs an environment of its own (flwr[simulation]==1.42)")
+    report.note("Flower with Ray: not measured here yet; it needs an environment of its own (flwr[simulation]==1.41)")
     report.finish(options, BARS)
 
 
