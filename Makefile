@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run test test-full lint fuzz clean
+.PHONY: test-pilot run test test-full lint fuzz clean
 run: .venv/.ready
 	$(BIN)/privfed run
 
@@ -31,6 +31,10 @@ lint: .venv/.ready-dev
 .venv/.ready-dev: .venv/.ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,nvflare]'
 	touch $@
+
+# Faults and intrusions of a deployment over real processes: kill -9, other authorities, shipped code. Half an hour.
+test-pilot: .venv/.ready-dev
+	PRIVFED_PILOT=1 $(BIN)/pytest tests/privfed/deployment/test_faults.py tests/privfed/deployment/test_intrusions.py
 
 # Ten minutes of coverage-guided fuzzing of every decoder and machine of crypto/.
 fuzz: .venv/.ready-dev

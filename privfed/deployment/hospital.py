@@ -45,6 +45,7 @@ Strict = Policy(
     max_epsilon=4.0,
     minimum_cohort=3,
     refuse_central_noise=True,
+    release_figures=False,
     require_privacy=True,
     require_secure_aggregation=True,
 )

@@ -1,6 +1,6 @@
 """A consortium of three hospitals in folders, with everything but FLARE: its certificates and kits are left away."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from privfed.deployment.hospital import SITE, Hospital, Strict, Study
 
 SITES = ("north", "south", "west")
 SEED = 7
+OPEN = msgspec.structs.replace(Strict, release_figures=True)
 
 
-def tables(folder: Path) -> dict[str, str]:
-    """Three hospitals' tables: public records, cut in three."""
+def tables(folder: Path, sites: Sequence[str] = SITES) -> dict[str, str]:
+    """Hospitals' tables: public records, cut in parts."""
     raw = load_breast_cancer()
     frame = pd.DataFrame(
         raw.data[:, :6], columns=["radius", "texture", "perimeter", "area", "smoothness", "compactness"]
@@ -31,9 +32,9 @@ def tables(folder: Path) -> dict[str, str]:
     frame["label"] = raw.target
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
-    for number, site in enumerate(SITES):
+    for number, site in enumerate(sites):
         paths[site] = str(folder / f"{site}.csv")
-        frame.iloc[number::3].head(120).to_csv(paths[site], index=False)
+        frame.iloc[number :: len(sites)].head(120).to_csv(paths[site], index=False)
     return paths
 
 
@@ -102,23 +103,24 @@ def without_flare() -> Iterator[None]:
         yield
 
 
-def found(home: Path, config: Config, *, port: int = 8102, policy: Policy = Strict, study: bool = True) -> Consortium:
-    """A consortium, its three hospitals beside it, all set up."""
+def found(home: Path, config: Config, *, port: int = 8102, policy: Policy = OPEN, study: bool = True) -> Consortium:
+    """A consortium, its hospitals beside it, all set up."""
+    sites: dict[str, str] = config.data.files  # type: ignore[union-attr]
     consortium = Consortium.create(
         home / "coordinator", config, name="consortium", contact="c@example.org", host="localhost", port=port
     )
-    for site in SITES:
+    for site in sites:
         body = Hospital.request(
             home / site, consortium="consortium", name=site, organisation=site, contact=f"it@{site}.org"
         )
         consortium.approve(body)
     consortium.next_roster()
-    for site in SITES:
+    for site in sites:
         hospital = Hospital.open(home / site)
         hospital.install(
             consortium.kit(site),
             authority=consortium.terms.authority,
-            data=Path(config.data.files[site]),  # type: ignore[union-attr]
+            data=Path(sites[site]),
             policy=policy,
         )
         if study:

@@ -12,7 +12,7 @@ from typing import Any, Self
 from privfed.config import Config, Policy
 from privfed.deployment import jobs, kits, processes, runs
 from privfed.deployment.consortium import ADMIN, ORGANISATION, SERVER, Consortium
-from privfed.deployment.hospital import KIT, Strict
+from privfed.deployment.hospital import KIT
 from privfed.folder import RunFolder
 from tests.privfed.deployment import house
 from tests.privfed.deployment.house import SITES
@@ -22,10 +22,10 @@ from tests.privfed.engines.flare_rig import ROOT, Party, free_port, job_processe
 class Loopback:
     """A consortium whose parts can be started, killed and started again."""
 
-    def __init__(self, home: Path, config: Config, *, policy: Policy = Strict) -> None:
+    def __init__(self, home: Path, config: Config, *, policy: Policy = house.OPEN) -> None:
         with quick_certificates():
             self.consortium: Consortium = house.found(home, config, port=free_port(), policy=policy)
-        self.home = home
+        self.home, self.sites = home, tuple(config.data.files)  # type: ignore[union-attr]
         self.parties: dict[str, Party] = {}
 
     def __enter__(self) -> Self:
@@ -46,8 +46,8 @@ class Loopback:
             self.parties[name] = Party(command, self.home / f"{name}.out")
 
     def everybody(self) -> None:
-        self.start(SERVER, *SITES)
-        until(lambda: set(self.clients()) >= set(SITES), 120)
+        self.start(SERVER, *self.sites)
+        until(lambda: set(self.clients()) >= set(self.sites), 120)
 
     def kill(self, name: str) -> None:
         """kill -9 of a party and of what it started."""
