@@ -271,7 +271,8 @@ class RespawningLauncher(ClientProcessJobLauncher):  # type: ignore[misc]
     again from the next round on.
 
     Args:
-        tries: how often in one job.
+        tries: how often in one job, of a process that was killed. One that ended by itself, with an error, is tried
+            once more: what a job asks for and a site refuses, it refuses again.
     """
 
     def __init__(self, tries: int = 10) -> None:
@@ -287,6 +288,7 @@ class RespawningLauncher(ClientProcessJobLauncher):  # type: ignore[misc]
 class _Respawning(JobHandleSpec):  # type: ignore[misc]
     start: Callable[[], JobHandleSpec]
     tries: int
+    again: bool = True
     stopped: bool = False
     process: JobHandleSpec = field(init=False)
 
@@ -296,10 +298,12 @@ class _Respawning(JobHandleSpec):  # type: ignore[misc]
     def wait(self) -> None:
         while True:
             self.process.wait()
-            died = self.process.poll() == JobReturnCode.EXECUTION_ERROR
-            if self.stopped or not died or self.tries <= 0:
+            if self.stopped or self.process.poll() != JobReturnCode.EXECUTION_ERROR:
                 return
-            self.tries -= 1
+            killed = self.process.adapter.poll() < 0
+            if self.tries <= 0 or not (killed or self.again):
+                return
+            self.tries, self.again = self.tries - 1, self.again and killed
             time.sleep(0.5)
             self.process = self.start()
 
