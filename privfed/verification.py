@@ -186,6 +186,7 @@ def _check_statements(
     spends: dict[tuple[str, str], Spends] = {}
     words: dict[str, list[Seal]] = {}
     batch: list[bytes] = []
+    homes: dict[str, str] = {}
     rounds = 0
     for number, body in enumerate(ledger.statements(), start=1):
         where, other = f"signed word {number}", "it is of another ledger, or signed with another key than that site's"
@@ -196,10 +197,13 @@ def _check_statements(
         where = f"{where} (site {word.site!r}, round {word.round})"
         progress(where)
         chain = chains.get(word.site, ())
-        if word.ledger != ledger.id or signers.setdefault(word.site, word.key) != word.key:
+        # A site of a deployment signs what stands in its own ledger: here its word counts, not what it is about
+        elsewhere = word.site != COORDINATOR and word.site not in chains and word.ledger != ledger.id
+        home = homes.setdefault(word.site, word.ledger) if elsewhere else ledger.id
+        if word.ledger != home or signers.setdefault(word.site, word.key) != word.key:
             raise LedgerCorrupt(book.path, other, where)
         head = chain[word.sequence - 1].hash if 0 < word.sequence <= len(chain) else ""
-        if word.sequence > len(chain) or (word.sequence and head != word.head):
+        if not elsewhere and (word.sequence > len(chain) or (word.sequence and head != word.head)):
             raise LedgerCorrupt(book.path, f"entry {word.sequence} is not the one that was signed", where)
         if word.sequence < (words[word.site][-1].sequence if word.site in words else 0):
             raise LedgerCorrupt(book.path, "it covers fewer entries than an earlier one", where)
@@ -208,8 +212,9 @@ def _check_statements(
             rounds += _check_witnessed(book, chain, word, batch, where)
             batch = []
         else:
-            running = spends.setdefault((word.site, word.dataset), Spends(chain, word.dataset))
-            _check_epsilon(book, word, running.upto(word.sequence), accountant, where)
+            if not elsewhere:
+                running = spends.setdefault((word.site, word.dataset), Spends(chain, word.dataset))
+                _check_epsilon(book, word, running.upto(word.sequence), accountant, where)
             batch.append(body)
     return words, rounds
 

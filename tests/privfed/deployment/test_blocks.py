@@ -21,7 +21,11 @@ from privfed.engines.local import LocalEngine
 from privfed.errors import PrivfedError
 from privfed.folder import CHECKPOINT, RunFolder
 from privfed.parameters import to_vector
+from privfed.privacy.accountant import Accountant
+from privfed.privacy.errors import LedgerCorrupt
 from privfed.privacy.ledger import Ledger
+from privfed.seals import COORDINATOR
+from privfed.verification import Book, find_book, verify, verify_files
 from tests.privfed.deployment import house
 from tests.privfed.deployment.house import SITES
 
@@ -88,6 +92,20 @@ def test_a_run_in_blocks_equals_the_run_in_one_process(tmp_path: Path, config: C
     assert block(consortium, run, 2)
     same_as_in_process(tmp_path, config, run)
     assert (run.path / "report.html").exists()
+    book_verifies(run)
+
+
+def book_verifies(run: RunFolder) -> None:
+    """The coordinator's book holds: its chain, the sites' signatures, the roots over their words; and no other."""
+    book = find_book(run.path)
+    found = verify(book, delta=1e-5, accountant=Accountant())
+    assert [site.name for site in found.sites] == [COORDINATOR] and found.rounds == 3
+    assert verify_files(book, found) is not None
+    for site in SITES:
+        assert any(note.startswith(f"{site}: it has a key and no chain") for note in found.notes)
+    forged = Book(book.path, {**book.keys, "north": book.keys["south"]})
+    with pytest.raises(LedgerCorrupt, match="another key"):
+        verify(forged, delta=1e-5, accountant=Accountant())
 
 
 STEPS = ("advertise", "share", "mask", "consistency", "unmask", "evaluate")
