@@ -145,6 +145,7 @@ def test_a_tampered_job_is_not_run(loopback: Any, tmp_path: Path, config: Config
 
 
 def test_a_job_with_code_is_not_run(loopback: Any, tmp_path: Path) -> None:
+    sites_there(loopback)
     mark = tmp_path / "was-here"
     folder = job_folder(tmp_path, 'run = "x"\nrounds = 1\n')
     files.write(folder / "app" / "custom" / "evil.py", f"open({str(mark)!r}, 'w')\n".encode())
@@ -157,6 +158,7 @@ def test_a_job_with_code_is_not_run(loopback: Any, tmp_path: Path) -> None:
 
 def test_a_site_builds_no_other_class(loopback: Any, tmp_path: Path) -> None:
     """The server's part of the job may end as it likes; every site turns its own down."""
+    sites_there(loopback)
     from tests.privfed.deployment.loopback import until
 
     name = "nvflare.app_common.np.np_trainer.NPTrainer"
@@ -170,11 +172,13 @@ def test_a_site_builds_no_other_class(loopback: Any, tmp_path: Path) -> None:
 
 
 def test_the_server_builds_no_other_class(loopback: Any, tmp_path: Path) -> None:
+    sites_there(loopback)
     name = "nvflare.app_common.workflows.fedavg.FedAvg"
     refused(loopback, job_folder(tmp_path, 'run = "x"\nrounds = 1\n', controller=name))
 
 
 def test_a_job_can_not_name_a_path(loopback: Any, tmp_path: Path) -> None:
+    sites_there(loopback)
     job = submitted(loopback, tmp_path, 'run = "../../north"\nrounds = 1\n')
     ended(loopback, job)
     from tests.privfed.deployment.loopback import until
@@ -183,6 +187,7 @@ def test_a_job_can_not_name_a_path(loopback: Any, tmp_path: Path) -> None:
 
 
 def test_the_person_who_submits_jobs_has_no_shell_on_sites(loopback: Any) -> None:
+    sites_there(loopback)
     with loopback.session() as session:
         for ask in (
             lambda: session.ls_target("north"),
@@ -195,6 +200,7 @@ def test_the_person_who_submits_jobs_has_no_shell_on_sites(loopback: Any) -> Non
 
 
 def test_a_weaker_promise_than_a_sites_policy_is_refused_with_the_line(loopback: Any) -> None:
+    sites_there(loopback)
     policy = loopback.home / "west" / "policy.toml"
     before = policy.read_text()
     policy.write_text(before.replace("max_epsilon = 4.0", "max_epsilon = 0.01"))
@@ -209,10 +215,14 @@ def test_a_weaker_promise_than_a_sites_policy_is_refused_with_the_line(loopback:
 
 def test_a_round_that_was_done_is_not_done_again_with_another_model(loopback: Any, config: Config) -> None:
     """A coordinator that goes back to an older checkpoint, with another key for its own messages."""
-    command = loopback.command("coordinator", "submit", loopback.consortium.home, loopback.home / "experiment.toml")
-    run = loopback.run()
     from tests.privfed.deployment.loopback import until
 
+    sites_there(loopback)
+    before = sorted(loopback.consortium.home.glob("runs/*"))
+    command = loopback.submit(loopback.home / "experiment.toml")
+    until(lambda: sorted(loopback.consortium.home.glob("runs/*")) != before)
+    (name,) = {path.name for path in loopback.consortium.home.glob("runs/*")} - {path.name for path in before}
+    run = until(lambda: loopback.run() if loopback.run().path.name == name else None)
     old = until(lambda: run.path.joinpath("checkpoint.safetensors").exists() and run.load_checkpoint(), 200)
     assert old.next_round >= 1
     command.communicate(timeout=300)
@@ -227,6 +237,14 @@ def test_a_round_that_was_done_is_not_done_again_with_another_model(loopback: An
     assert {site: spends(loopback.home / site / LEDGER, site) for site in SITES} == charged
     reports = runs.progress(run)[old.next_round :]
     assert not any(report.contributed for report in reports if report.round < config.rounds - 1)
+
+
+def sites_there(loopback: Any) -> None:
+    """All sites are connected, whichever tests came before."""
+    from tests.privfed.deployment.loopback import until
+
+    loopback.start(*(site for site in SITES if site not in loopback.parties))
+    until(lambda: set(loopback.clients()) >= set(SITES), 120)
 
 
 def job_folder(home: Path, text: str, *, executor: str = kits.EXECUTOR, controller: str = kits.CONTROLLER) -> Path:

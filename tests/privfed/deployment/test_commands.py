@@ -1,0 +1,88 @@
+"""The commands of a pilot, one after the other, with FLARE's part left away."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from privfed import config_io
+from privfed.cli.app import app
+from privfed.deployment import runs
+from privfed.deployment.consortium import Consortium
+from privfed.deployment.files import DeploymentError
+from tests.privfed.deployment import house
+from tests.privfed.deployment.house import SITES
+from tests.privfed.deployment.test_blocks import INSECURE, block
+
+
+@pytest.fixture(autouse=True)
+def flareless() -> Iterator[None]:
+    with house.without_flare():
+        yield
+
+
+def privfed(*words: object, answers: str | None = None) -> Result:
+    result = CliRunner().invoke(app, [str(word) for word in words], input=answers)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_a_pilot_from_its_founding_to_its_status(tmp_path: Path) -> None:
+    config = house.experiment(house.tables(tmp_path / "tables"), rounds=1, evaluation={"every": 1, "local_steps": 5})
+    experiment, home = tmp_path / "experiment.toml", tmp_path / "coordinator"
+    experiment.write_text(config_io.to_toml(config))
+    founded = privfed(
+        "consortium", "new", home, "--experiment", experiment, "--name", "pilot", "--contact", "c@x.org", "--json"
+    )
+    authority = json.loads(founded.stdout)["fingerprint"]
+    for site in SITES:
+        asked = privfed(
+            "consortium", "request", tmp_path / site, "--consortium", "pilot", "--name", site,
+            "--organisation", site, "--contact", "it", "--json",
+        )  # fmt: skip
+        mark, request = json.loads(asked.stdout)["fingerprint"], tmp_path / site / f"{site}.request"
+        with pytest.raises(DeploymentError, match="not from who you spoke to"):
+            privfed("consortium", "approve", home, request, "--fingerprint", "0000")
+        assert privfed("consortium", "approve", home, request, answers="n\n").exit_code != 0
+        assert privfed("consortium", "approve", home, request, "--fingerprint", mark).exit_code == 0
+    assert "Roster 1: north, south, west" in privfed("consortium", "roster", home).stdout
+    for site in SITES:
+        kit = tmp_path / f"{site}.kit"
+        privfed("consortium", "kit", home, site, "--out", kit)
+        table = tmp_path / "tables" / f"{site}.csv"
+        said = privfed("site", "init", tmp_path / site, "--kit", kit, "--data", table, "--authority", authority)
+        assert "What no coordinator and no job can change" in said.stdout and "120 records" in said.stdout
+    assert privfed("site", "policy", "check", tmp_path / "north", experiment).exit_code == 0
+
+    consortium = Consortium(home)
+    run = runs.begin(consortium, config)
+    block(consortium, run, 1)
+    watched = json.loads(privfed("coordinator", "watch", home, "--json").stdout)
+    assert watched == {"run": run.path.name, "rounds": 1, "over": True}
+    status = json.loads(privfed("site", "status", tmp_path / "north", "--json").stdout)
+    assert status["epsilon"] > 0 and [line["rounds"] for line in status["runs"]] == [1]
+
+    # The budget is the site's, over all runs: the next one does not fit any more
+    again = privfed("site", "policy", "check", tmp_path / "north", experiment)
+    assert again.exit_code == 3 and "policy.max_epsilon" in again.stdout
+    privfed("consortium", "suspend", home, "west")
+    assert Consortium(home).suspended == ("west",)
+
+
+def test_a_stop_ends_a_block_after_the_round_that_is_under_way(tmp_path: Path) -> None:
+    config = house.experiment(house.tables(tmp_path / "tables"), privacy=INSECURE)
+    consortium = house.found(tmp_path, config)
+    run = runs.begin(consortium, config)
+    privfed("coordinator", "stop", consortium.home)
+    assert not block(consortium, run, 3)
+    assert len(runs.progress(run)) == 1
+
+
+def test_a_server_for_others_needs_an_address_to_listen_on(tmp_path: Path) -> None:
+    config = house.experiment(house.tables(tmp_path / "tables"))
+    Consortium.create(tmp_path / "c", config, name="pilot", contact="c", host="fl.example.org", port=8102)
+    with pytest.raises(DeploymentError, match="--address"):
+        privfed("coordinator", "start", tmp_path / "c")
