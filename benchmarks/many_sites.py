@@ -67,9 +67,8 @@ class AllSites:
         return answers
 
     def curvature(self, theta: Tensor, batch: Batch, vector: Tensor) -> Tensor:
-        rows = torch.split(batch._rows, self._drawn[id(batch)][1].tolist())
-        inputs, targets = [self._inputs[own] for own in rows], [self._targets[own] for own in rows]
-        return curvatures(self._network, theta.expand(len(rows), -1), vector, inputs, targets)
+        counts, theta = self._drawn[id(batch)][1], theta.expand(len(self._sites), -1)
+        return curvatures(self._network, theta, vector, self._inputs, self._targets, batch._rows, counts)
 
     @property
     def charges(self) -> tuple[()]:

@@ -174,7 +174,7 @@ def clipped_sums(
             mask = places < counts[members].unsqueeze(1)
             taken = rows[(first[members].unsqueeze(1) + places).clamp_max(len(rows) - 1).flatten()].to(network.device)
             padding = (~mask).flatten().nonzero().squeeze(1).to(network.device)
-            x, y = (_rows(values, taken, padding).view(*mask.shape, *values.shape[1:]) for values in (inputs, targets))
+            x, y = (padded(values, taken, padding).view(*mask.shape, *values.shape[1:]) for values in (inputs, targets))
             x, mask = x.to(network.dtype) if x.is_floating_point() else x, mask.to(network.device)
             if max_grad_norm is not None:
                 sums = network.clipped_sums(point, x, y, mask, max_grad_norm=max_grad_norm)
@@ -186,7 +186,7 @@ def clipped_sums(
         yield members, total
 
 
-def _rows(values: Tensor, taken: Tensor, padding: Tensor) -> Tensor:
+def padded(values: Tensor, taken: Tensor, padding: Tensor) -> Tensor:
     """``values`` at the rows ``taken``, and zeros at the places ``padding`` of these."""
     return values.index_select(0, taken).index_fill_(0, padding, 0)
 

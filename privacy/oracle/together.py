@@ -132,36 +132,23 @@ class StackedOracle:
         return [answers[number] for number in range(len(queries))]
 
     def _pass(self, queries: Sequence[Query]) -> list[Tensor]:
-        if queries[0].vector is not None:
-            return self._products(queries)
         limit = queries[0].max_grad_norm
         inputs, targets = self._joined([query.records for query in queries])
         sizes = torch.tensor([len(query.records) for query in queries])
         offsets = torch.cumsum(sizes, 0) - sizes
         rows = torch.cat([query.rows + offset for query, offset in zip(queries, offsets, strict=True)])
+        counts = torch.tensor([len(query.rows) for query in queries])
+        theta = torch.cat([query.theta for query in queries])
         network = self._networks[limit is not None]
+        if queries[0].vector is not None:
+            vectors = torch.cat([query.vector for query in queries if query.vector is not None])
+            return list(curvatures(network, theta, vectors, inputs, targets, rows, counts))
         answers: list[Tensor] = [torch.empty(0)] * len(queries)
-        blocks = clipped_sums(
-            network,
-            torch.cat([query.theta for query in queries]),
-            inputs,
-            targets,
-            rows,
-            torch.tensor([len(query.rows) for query in queries]),
-            max_grad_norm=limit,
-        )
-        for members, sums in blocks:
+        for members, sums in clipped_sums(network, theta, inputs, targets, rows, counts, max_grad_norm=limit):
             which = range(len(queries))[members] if isinstance(members, slice) else members.tolist()
             for number, vector in zip(which, sums.cpu(), strict=True):
                 answers[number] = vector
         return answers
-
-    def _products(self, queries: Sequence[Query]) -> list[Tensor]:
-        vectors = torch.cat([query.vector for query in queries if query.vector is not None])
-        theta = torch.cat([query.theta for query in queries])
-        inputs = [query.records.inputs[query.rows] for query in queries]
-        targets = [query.records.targets[query.rows] for query in queries]
-        return list(curvatures(self._networks[False], theta, vectors, inputs, targets))
 
     def _joined(self, sites: list[Records]) -> tuple[Tensor, Tensor]:
         """The sites' records as one table. Sites go step by step together: the last one is likely wanted again."""
