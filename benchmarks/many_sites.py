@@ -7,12 +7,12 @@ ledgers, messages, fixed-point sums. `personalisation.py` compares a few of thes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import privfed
 from privfed.config import Config
 from privfed.doors import Split
 from privfed.evaluation import outputs_of
@@ -112,7 +112,7 @@ def simulate(
     shared, private = first_states(config, schema)
     if start is not None:
         shared, private = method.init_site(start, model_layout(config, schema.features, len(start)))
-    network = network_of(schema.features, schema.classes, config.model.hidden, config.model.norm)
+    network = network_of(config.model, schema)
     randomness = np.random.default_rng(config.seed)
     first_shared, state, leaves = shared, method.init_server(theta), sent(config, schema.features, len(theta))
     if method.sends:
@@ -155,10 +155,8 @@ def _records(split: Split) -> Records:
 
 
 @lru_cache(maxsize=8)
-def network_of(features: int, classes: int, hidden: tuple[int, ...], norm: str) -> StackedNetwork:
-    """Of this shape; the parameters in it are not used."""
-
-    config = privfed.load_config(overrides=[f"model.hidden={list(hidden)}", f"model.norm={norm}"])
-    schema = Schema(features, classes)
-    inputs, targets = torch.zeros(1, features), torch.zeros(1, dtype=torch.int64)
+def network_of(model: Any, schema: Schema) -> StackedNetwork:
+    """Of the configuration's ``model``; the parameters in it are not used."""
+    config = Config(model=model)
+    inputs, targets = torch.zeros(1, schema.features), torch.zeros(1, dtype=torch.int64)
     return StackedNetwork(build_model(config, schema), config.task.loss, inputs, targets, dtype=torch.float32)

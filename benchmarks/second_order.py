@@ -20,7 +20,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from privfed.methods import Anil, FederatedMethod, Fomaml, Maml, MetaSGD, PerFedAvg
-from privfed.models import layout, mlp
+from privfed.models import layout, mlp, pieces
 from privfed.parameters import to_vector
 from privfed.privacy.oracle.door import ALL, Records
 from privfed.privacy.oracle.stacked import StackedNetwork
@@ -60,7 +60,7 @@ def main() -> None:
     door = AllSites(network, sites, [1.0] * count, np.random.default_rng(0))
 
     def ours(method: FederatedMethod) -> Tensor:
-        shared, _ = method.init_site(start, layout(INPUTS, (HIDDEN,), len(start)))
+        shared, _ = method.init_site(start, layout(pieces(model)))
         return method.contribute(method.init_server(start), shared, door)[0]
 
     def naive() -> Tensor:

@@ -105,6 +105,13 @@ def prepare(config: Config, *, facts: RunFacts | None = None) -> Preparation:
     for records in data.sites.values() if config.method.sends else ():
         check_units(config, records)
     unseen = held_out(config, list(data.sites))
+    if config.evaluation.unseen_fraction and not unseen:
+        raise ConfigError(
+            f"evaluation.unseen_fraction = {config.evaluation.unseen_fraction:g} of {len(data.sites)} sites is none: "
+            "raise it, or name them in evaluation.unseen_sites"
+        )
+    if len(unseen) == len(data.sites):
+        raise ConfigError("evaluation.unseen_sites and unseen_fraction hold every site out: none is left to train")
     cohort = cohort_of(config, len(data.sites) - len(unseen))
     parties = members(config, data)
     if strangers := sorted(set(config.evaluation.public_sites) - set(data.sites)):
@@ -299,7 +306,7 @@ def _spending(ready: Preparation) -> Spending | None:
     """Who chooses the noise of each round, where it is not one for all."""
     if ready.config.privacy.schedule == "constant":
         return None
-    config, cohort = ready.config, cohort_of(ready.config, len(ready.data.sites))
+    config, cohort = ready.config, cohort_of(ready.config, len(ready.training))
     beside = meets_training(config, side_plan(config, cohort, ready.schema, ready.side_noise))
     size = update_size(config, ready.schema.features, parameter_count(config, ready.schema))
     return Spending(config, size, ready.noise_multiplier, beside, ready.accountant)

@@ -17,6 +17,7 @@ from privfed.privacy.events import NoiseSite, PrivacyUnit
 from .config import Config
 from .errors import ConfigError
 from .methods.server import Plain
+from .models import MLP
 
 
 def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -101,6 +102,11 @@ def check_used(config: Config) -> None:
             "evaluation.target_epsilon",
             evaluation.target_epsilon is not None and evaluation.release != "private",
             "evaluation.release = 'private'",
+        ),
+        (
+            "model.norm = 'group'",
+            isinstance(config.model, MLP) and config.model.norm == "group" and not config.model.hidden,
+            "model.hidden, whose values it normalises",
         ),
         (
             f"server.name = {type(config.server).__struct_config__.tag!r}",

@@ -581,12 +581,17 @@ class Site:
             raise PolicyRefusal(
                 f"policy.max_parameters = {self._policy.max_parameters}, the plan's model has {largest}"
             )
+        if plan.round >= plan.config.rounds:
+            # A site that is held out spends nothing: without an end it would answer for ever
+            raise wire.WireError(f"the plan is for round {plan.round} of a run of {plan.config.rounds}")
         state = parameters.decode(state_bytes)
         theta = state.get("theta")
         if theta is None or theta.shape != (size,) or theta.dtype != torch.float32:
             raise wire.WireError(f"the model must be {size} float32 parameters for this site's table")
-        if float(theta.abs().max()) > MAX_PARAMETER:
-            raise wire.WireError(f"the model has parameters beyond ±{MAX_PARAMETER:g}: gradients lose their digits")
+        for name, tensor in state.items():
+            # What a method adds to a model, control variates or rates, leads as far away as the model itself
+            if tensor.shape == theta.shape and float(tensor.abs().max()) > MAX_PARAMETER:
+                raise wire.WireError(f"the model has {name} beyond ±{MAX_PARAMETER:g}: gradients lose their digits")
         check_standardisation(plan.config, self._schema, state)
         return plan, state
 

@@ -152,6 +152,11 @@ def first_states(config: Config, schema: Schema) -> tuple[State, State]:
     return config.method.init_site(start, model_layout(config, schema.features, len(start)))
 
 
+def _name(config: Config) -> str:
+    """The method's, as a user types it."""
+    return str(type(config.method).__struct_config__.tag)
+
+
 def sent(config: Config, features: int, parameters: int) -> Tensor:
     """bool[method.blocks · P]: what of an update leaves the site.
 
@@ -164,12 +169,12 @@ def sent(config: Config, features: int, parameters: int) -> Tensor:
         leaves &= ~parts[part]
         if not parts[part].any():
             raise ConfigError(
-                f"method {type(config.method).__name__} keeps the model's {part} at the sites, and this model has "
+                f"method {_name(config)!r} keeps the model's {part} at the sites, and this model has "
                 "none: set model.hidden and model.norm = 'group', or a model.name with GroupNorm"
             )
     if not leaves.any():
         raise ConfigError(
-            f"method {type(config.method).__name__} keeps the model's last layer at the sites, and this model has no "
+            f"method {_name(config)!r} keeps the model's last layer at the sites, and this model has no "
             "other: set model.hidden"
         )
     return leaves.repeat(config.method.blocks)

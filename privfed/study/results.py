@@ -83,6 +83,8 @@ def collect(study: Study, cells: Sequence[Cell], home: Path) -> Results:
 def _figures(summary: Summary) -> dict[str, object]:
     utility, privacy = summary.utility, summary.privacy
     figures = {"global": utility.global_, "personalized": utility.personalized, "local_only": utility.local_only}
+    if utility.unseen is not None:
+        figures |= {"unseen_global": utility.unseen.global_, "unseen_personalized": utility.unseen.personalized}
     return {
         "unit": privacy.unit,
         "noise": privacy.noise,

@@ -7,17 +7,18 @@ import pytest
 import torch
 
 import privfed
-from privfed import config_io, wire
+from privfed import config_io, parameters, wire
+from privfed.api import prepare
 from privfed.cohort import held_out
 from privfed.config import Config, Evaluation
 from privfed.doors import few, split
 from privfed.engines.local import LocalEngine
 from privfed.errors import ConfigError
 from privfed.evaluation import paired, spread
-from privfed.methods import MRMTL
+from privfed.methods import MRMTL, Scaffold
 from privfed.summary import metrics_line, report_of
 
-from .house import House, Tap, changed, config, key, records, state_of
+from .house import SIZE, House, Tap, changed, config, key, records, state_of
 
 NAMES = list("abcdefghij")
 
@@ -72,6 +73,14 @@ def test_a_held_out_site_answers_once_a_round(tmp_path: Path) -> None:
     assert isinstance(reply, wire.Refusal) and "has measured round 0 already" in reply.reason
 
 
+def test_a_held_out_site_answers_for_no_round_beyond_the_run(tmp_path: Path) -> None:
+    """It spends nothing, so no budget would end it."""
+    house = House(tmp_path)
+    plan = wire.encode_plan(house.plan(unseen("b"), cohort=(0, 2, 3, 4), round=3))  # the run has rounds 0, 1 and 2
+    reply = wire.decode_reply(house.sites["b"].handle(wire.encode(wire.Evaluate(3, "evaluate", plan, state_of()))))
+    assert isinstance(reply, wire.Refusal) and "round 3 of a run of 3" in reply.reason
+
+
 def test_a_method_with_state_begins_at_the_servers_model_at_a_new_site(tmp_path: Path) -> None:
     house = House(tmp_path)
     method = MRMTL(local_steps=1, personal_steps=1, personal_lr=1e-9)
@@ -97,11 +106,21 @@ def test_few_records_to_adapt_with_and_all_of_them_to_measure_on() -> None:
     [
         (["evaluation.unseen_records=3"], "evaluation.unseen_records does nothing"),
         (["evaluation.unseen_fraction=0.2", "evaluation.release='private'"], "figures of single sites"),
+        (["model.norm='group'"], "model.norm = 'group' does nothing"),
     ],
 )
 def test_settings_that_nothing_reads_are_refused(overrides: list[str], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         config_io.check_used(config_io.load_config(None, overrides))
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [("evaluation.unseen_fraction=0.05", "of 5 sites is none"), ("evaluation.unseen_fraction=0.95", "none is left")],
+)
+def test_a_share_that_holds_out_nobody_or_everybody_is_refused(override: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        prepare(config_io.load_config(None, [override]))
 
 
 def test_a_whole_run_reports_both_kinds_of_sites(tmp_path: Path) -> None:
@@ -126,3 +145,13 @@ def test_a_paired_interval_is_students_over_the_differences() -> None:
     assert got.mean == pytest.approx(0.2) and got.pairs == 3
     assert got.half_width == pytest.approx(4.30265 * 0.1 / 3**0.5, rel=1e-4)
     assert paired([0.5], [0.4]).half_width != paired([0.5], [0.4]).half_width  # NaN: one pair has no interval
+
+
+def test_what_a_method_adds_to_the_model_is_held_to_its_range(tmp_path: Path) -> None:
+    """Control variates of a million lead a step's model as far as a model of a million."""
+    house = House(tmp_path)
+    settings = config(method=Scaffold(local_steps=1))
+    state = parameters.encode({"theta": torch.zeros(SIZE), "control": torch.full((SIZE,), 1e6)})
+    plan = wire.encode_plan(house.plan(settings))
+    reply = wire.decode_reply(house.sites["a"].handle(wire.encode(wire.Begin(0, "advertise", plan, state, b""))))
+    assert isinstance(reply, wire.Refusal) and "control beyond" in reply.reason and house.charged("a") == ()
