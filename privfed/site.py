@@ -483,6 +483,9 @@ class Site:
     def _evaluate(self, message: wire.Evaluate) -> wire.Measurement:
         plan, state = self._accept(message.plan, message.state, measuring=True)
         unseen = self._held_out(plan.config)
+        if unseen and plan.round >= plan.config.rounds:
+            # It spends nothing: without an end it would answer for ever
+            raise wire.WireError(f"the plan is for round {plan.round} of a run of {plan.config.rounds}")
         if self._measured is not None and self._measured[0] == plan.run and plan.round <= self._measured[1]:
             # Exact figures on models of someone's choice would be an oracle for single records: one answer a round.
             raise wire.WireError(f"{self.name} has measured round {plan.round} already")
@@ -581,9 +584,6 @@ class Site:
             raise PolicyRefusal(
                 f"policy.max_parameters = {self._policy.max_parameters}, the plan's model has {largest}"
             )
-        if plan.round >= plan.config.rounds:
-            # A site that is held out spends nothing: without an end it would answer for ever
-            raise wire.WireError(f"the plan is for round {plan.round} of a run of {plan.config.rounds}")
         state = parameters.decode(state_bytes)
         theta = state.get("theta")
         if theta is None or theta.shape != (size,) or theta.dtype != torch.float32:
