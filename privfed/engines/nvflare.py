@@ -72,7 +72,8 @@ class FlareEngine:
         clock: monotonic seconds.
 
     Guarantees:
-        Those of the contract of engines. Of a site that restarted in the middle of an exchange nothing is expected any
+        Those of the contract of engines. A beat is a hint of who is there, and proved by nothing: a false one makes the
+        coordinator wait until the deadline, and no more; replies come from whom they were asked of. Of a site that restarted in the middle of an exchange nothing is expected any
         more: what it was asked is lost with its memory, and is not sent again.
     """
 

@@ -95,6 +95,28 @@ def test_the_server_talks_to_nobody_without_a_certificate_of_its_own_authority(
             raise handshake(loopback, ours / "rootCA.pem", certificate) or AssertionError("it got in")
 
 
+def test_the_server_listens_on_the_given_address_alone(tmp_path: Path, config: Config) -> None:
+    """Under a name that is not loopback's FLARE's own choice is every address of the machine."""
+    from privfed.deployment import processes
+    from privfed.deployment.consortium import ORGANISATION, Consortium
+    from tests.privfed.engines.flare_rig import Party, free_port, quick_certificates, until
+
+    port, home = free_port(), tmp_path / "coordinator"
+    with quick_certificates():
+        Consortium.create(home, config, name="elsewhere", contact="c", host="fl.example.org", port=port)
+
+    def listening() -> list[str]:
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        return [row[1] for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")]
+
+    command = processes.server_command(home / SERVER, organisation=ORGANISATION, address="127.0.0.3")
+    party = Party(command, tmp_path / "server.out")
+    try:
+        assert until(listening, 120) == [f"0300007F:{port:04X}"]
+    finally:
+        party.kill()
+
+
 def handshake(loopback: Any, authority: Path, certificate: Path | None) -> Exception | None:
     """What a TLS client meets at the server: None if the server waits for what it has to say."""
     context = ssl.create_default_context(cafile=str(authority))
