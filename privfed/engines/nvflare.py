@@ -73,8 +73,9 @@ class FlareEngine:
 
     Guarantees:
         Those of the contract of engines. A beat is a hint of who is there, and proved by nothing: a false one makes the
-        coordinator wait until the deadline, and no more; replies come from whom they were asked of. Of a site that restarted in the middle of an exchange nothing is expected any
-        more: what it was asked is lost with its memory, and is not sent again.
+        coordinator wait until the deadline, and no more; replies come from whom they were asked of. Of a site that
+        restarted in the middle of an exchange nothing is expected any more: what it was asked is lost with its memory,
+        and is not sent again.
     """
 
     def __init__(self, send: Send, clock: Callable[[], float] = time.monotonic) -> None:

@@ -25,7 +25,7 @@ def free_port() -> int:
         return port
 
 
-def until(ready: Callable[[], Any], seconds: float = 60.0) -> Any:
+def until(ready: Callable[[], Any], seconds: float = 240.0) -> Any:
     """What ``ready`` gives when it gives something; a failure after so long: no test waits for ever."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
