@@ -108,7 +108,7 @@ class Hospital:
         site = SiteFile(name=name, organisation=organisation)
         files.write_toml(home / SITE, site, comment="A site of a privfed consortium. Yours alone.")
         files.parse_toml(files.read(home / SITE), SiteFile, home / SITE)
-        asked = kits.request(home / REQUEST, consortium, name=name, type="client", org=organisation)
+        asked = kits.request(home / REQUEST, consortium, name=name, type="client", org=kits.flare_name(organisation))
         body = papers.application(identity, organisation=organisation, contact=contact, flare_request=files.read(asked))
         files.write(home / f"{name}.request", body)
         return body

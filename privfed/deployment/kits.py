@@ -78,6 +78,11 @@ def profile(name: str, host: str, port: int) -> str:
     return json.dumps({"name": name, "scheme": "tcp", "connection_security": "mtls", "server": server}, indent=1)
 
 
+def flare_name(organisation: str) -> str:
+    """An organisation as FLARE spells one: without hyphens."""
+    return organisation.replace("-", "_")
+
+
 def participant(consortium: str, **settings: Any) -> str:
     """One party of a consortium, as FLARE reads it."""
     return json.dumps({"name": consortium, "description": consortium, "participants": [settings]}, indent=1)

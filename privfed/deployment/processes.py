@@ -23,7 +23,7 @@ def server_command(kit: Path, *, organisation: str, address: str) -> list[str]:
 def client_command(kit: Path, *, site: str, organisation: str) -> list[str]:
     """What runs a site's client of ``kit``."""
     settings = ["-m", str(kit), "-s", "fed_client.json", "--set", "secure_train=true", f"uid={site}"]
-    return [sys.executable, "-u", "-m", CLIENT, *settings, f"org={organisation}", "config_folder="]
+    return [sys.executable, "-u", "-m", CLIENT, *settings, f"org={kits.flare_name(organisation)}", "config_folder="]
 
 
 def environment() -> Mapping[str, str]:

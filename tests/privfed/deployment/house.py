@@ -111,7 +111,7 @@ def found(home: Path, config: Config, *, port: int = 8102, policy: Policy = OPEN
     )
     for site in sites:
         body = Hospital.request(
-            home / site, consortium="consortium", name=site, organisation=site, contact=f"it@{site}.org"
+            home / site, consortium="consortium", name=site, organisation=f"{site}-hospital", contact=f"it@{site}.org"
         )
         consortium.approve(body)
     consortium.next_roster()

@@ -41,7 +41,7 @@ class Loopback:
             command = (
                 processes.server_command(self._kit(name), organisation=ORGANISATION, address="127.0.0.1")
                 if name == SERVER
-                else processes.client_command(self._kit(name), site=name, organisation=name)
+                else processes.client_command(self._kit(name), site=name, organisation=f"{name}-hospital")
             )
             self.parties[name] = Party(command, self.home / f"{name}.out")
 

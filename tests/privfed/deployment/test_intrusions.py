@@ -59,7 +59,7 @@ def started(loopback: Any, kit: Path, site: str, home: Path) -> Any:
     from privfed.deployment import processes
     from tests.privfed.engines.flare_rig import Party
 
-    return Party(processes.client_command(kit, site=site, organisation=site), home / "intruder.out")
+    return Party(processes.client_command(kit, site=site, organisation=f"{site}-hospital"), home / "intruder.out")
 
 
 def kept_out(loopback: Any, kit: Path, site: str, home: Path, *words: bytes) -> None:
