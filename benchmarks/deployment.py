@@ -89,7 +89,7 @@ def deployed(report: Report, sites: int, size: str, repeats: int) -> None:
         report.add(f"{label}: a round, over mTLS", Timing(over))
         report.add(f"{label}: a round, in one process", Timing(inside))
         report.add(
-            f"{label}: a round more than in one process", statistics.median(over) - statistics.median(inside), "s"
+            f"{label}: a round more than in one process", statistics.median(over) - statistics.median(inside), "seconds"
         )
         report.add(f"{label}: memory of the server's job", peak["server"], "GiB")
         report.add(f"{label}: memory of a site's job", peak["site"], "GiB")
