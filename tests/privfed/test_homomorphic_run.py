@@ -56,6 +56,7 @@ class KeyHouse(House):
             roster=self.roster,
             engine=tap,
             noise_multiplier=settings.privacy.noise_multiplier or 0.0,
+            schema=SCHEMA,
             state=settings.method.init_server(to_vector(build_model(settings, SCHEMA))),
             clock=lambda: 0.0,
         )
