@@ -43,8 +43,10 @@ from sklearn.model_selection import train_test_split
 import privfed
 from privfed.api import prepare
 from privfed.config import Config
+from privfed.data.columns import Numeric
 from privfed.data.files import find_file
 from privfed.data.records import SiteData, keyed_fraction, public_split_key
+from privfed.data.tables import Table
 from privfed.doors import Split, few, split
 from privfed.evaluation import fraction_hurt, paired, spread
 
@@ -126,6 +128,7 @@ class Federation:
         hidden: every method runs on the hidden layer.
         pooled: logistic regression on all records is a row too.
         one_search: with the first seed, for all of them: no record that it sees is measured with any seed.
+        data: what is public about the records, where there are more than two classes.
     """
 
     name: str
@@ -139,13 +142,15 @@ class Federation:
     hidden: bool = False
     pooled: bool = True
     one_search: bool = False
+    data: Table | None = None
 
     def config(self, method: str, seed: int, settings: Mapping[str, int | float]) -> Config:
         needs = (f"model.hidden=[{self.width}]",) if self.hidden else ()
         needs += tuple(text.format(width=self.width) for text in NEEDS.get(method, ()))
         own = [f"method.{key}={value}" for key, value in settings.items()]
         common = [f"rounds={self.rounds}", f"seed={seed}", "privacy.unit=none", "privacy.sample_rate=1.0"]
-        return privfed.load_config(None, [*self.settings, *common, f"method.name={method}", *needs, *own])
+        config = privfed.load_config(None, [*self.settings, *common, f"method.name={method}", *needs, *own])
+        return config if self.data is None else msgspec.structs.replace(config, data=self.data)
 
 
 def with_parts(config: Config, train: SiteData, test: SiteData, seed: int) -> Split:
@@ -296,6 +301,13 @@ def digits() -> Federation:
         hidden=True,
         pooled=False,
         one_search=True,
+        data=Table(
+            file="",  # the records come from `writers`
+            site="writer",
+            label="digit",
+            classes={str(digit): (str(digit),) for digit in range(10)},
+            numeric=tuple(Numeric(name=f"x{place}", range=(0.0, 255.0)) for place in range(64)),
+        ),
     )
 
 
