@@ -1,6 +1,8 @@
 """The shipped examples: the counts that others report for the same files, and no input that knows the outcome."""
 
 import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -87,3 +89,25 @@ def test_a_missing_example_file_says_where_to_get_it(tmp_path: Path, monkeypatch
         data_of("ist.toml").load(seed=0)
     with pytest.raises(DataError, match=r"UCI Machine Learning Repository.*PRIVFED_DATA"):
         data_of("heart.toml").load(seed=0)
+
+
+def test_the_phone_users_have_their_ratings(tmp_path: Path) -> None:
+    """The script writes what the configuration reads: 120 users, each one a site, 40 ratings each."""
+    file = tmp_path / "ratings.csv"
+    subprocess.run([sys.executable, str(EXAMPLES / "phones.py"), str(file)], check=True)
+    config = config_io.load_config(EXAMPLES / "phones.toml", [f'data.file="{file}"'])
+    sites = config.data.load(seed=0, task=config.task)
+    assert len(sites.sites) == 120 and {len(records) for records in sites.sites.values()} == {40}
+    assert sites.inputs == ("app",) and config.data.items_at == ((0, 60),)
+
+
+def test_the_honest_table_has_its_four_figures(tmp_path: Path) -> None:
+    """On the embedded records, small: with privacy and without, global, personalised and local only."""
+    config = tmp_path / "small.toml"
+    config.write_text("rounds = 2\n[evaluation]\nlocal_steps = 2\n[method]\npersonal_steps = 1\n")
+    said = subprocess.run(
+        [sys.executable, str(EXAMPLES / "honest_table.py"), str(config)], check=True, capture_output=True, text=True
+    ).stdout
+    assert "ε ≤ " in said and "with privacy | without" in said
+    rows = [line for line in said.splitlines() if line.startswith(("| global", "| personalised", "| local only"))]
+    assert len(rows) == 3 and all(line.count("0.") == 4 for line in rows)
