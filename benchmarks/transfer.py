@@ -6,8 +6,9 @@ for a record, with noise in shares (the weighted objective takes its steps at th
 other records of the same sites: accuracy; each seed draws other writers. "±" is half of a 95 % interval over the seeds
 (Student t), for differences the paired one.
 
-Rates and rounds were searched with the large source and 200 records on half of the pupils; the other half is measured. "best transfer" is
-the way with the best mean, named: with four ways to choose from that is a small advantage, so all stand beside it.
+Rates and rounds were searched with the large source and 200 records on half of the pupils; the other half is measured.
+"best transfer" is the way with the best mean, named: with four ways to choose from that is a small advantage, so all
+stand beside it.
 
 Finds the records through PRIVFED_DATA (`privfed data describe mnist-by-writer`). Each run's result is kept in
 `runs/transfer`: a benchmark that was stopped goes on where it was, and any change of the code starts anew.
@@ -162,13 +163,14 @@ def target_file(folder: Path, records: int, seed: int, *, searching: bool = Fals
     return file
 
 
-def public_file() -> tuple[Path, str]:
-    """The weighted objective's source: 2,000 records of the same population, at hand in every site."""
-    file = HERE / "runs" / "transfer" / "public.npz"
+def public_file(size: int) -> tuple[Path, str]:
+    """The weighted objective's source: the base's own records, 2,000 at most, at hand in every site."""
+    file = HERE / "runs" / "transfer" / f"public-{size}.npz"
     if not file.exists():
         x, y, _ = written_by(0)
-        chosen = np.random.default_rng(1).permutation(len(x))[:2000]
-        np.savez(file, x=x[chosen], y=y[chosen], site=np.zeros(2000, np.uint8), test=np.zeros(2000, np.uint8))
+        chosen = np.random.default_rng(0).permutation(len(x))[:size][:2000]
+        none = np.zeros(len(chosen), np.uint8)
+        np.savez(file, x=x[chosen], y=y[chosen], site=none, test=none)
     return file, hashlib.sha256(file.read_bytes()).hexdigest()
 
 
@@ -217,7 +219,7 @@ def accuracy(
             }
             table["aggregation"] = {"kind": "masked", "minimum_cohort": SITES}
         if way == "weighted objective":
-            public, sha256 = public_file()
+            public, sha256 = public_file(source)
             table["transfer"] |= {"public_source": data(public), "source_sha256": sha256}
             table["method"] = {"name": "weighted", "local_steps": 1, "lr": lr, "source_rounds": rounds}
             if privacy != "no privacy":
