@@ -99,7 +99,7 @@ SURVIVAL: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {  # task, ser
 }
 THEIRS = {
     "Pooled Training": "pooled",
-    "FederatedAveraging": "FedAvg",
+    "FedAvg": "FedAvg",
     "FedAdagrad": "FedAdagrad",
     "FedYogi": "FedYogi",
     "FedAdam": "FedAdam",
