@@ -6,8 +6,9 @@ EXPORT.jsonl comes from `privfed accountant export LEDGER --out EXPORT.jsonl`. K
 
 What is checked, for each site: h0 = SHA256("privfed-ledger/1" 0 ledger 0 site), h_i = SHA256(h_{i-1} body_i); every
 signed word is about an entry that is there and is signed by its site; every root that the coordinator signed is that
-of the sites' words before it (RFC 6962 leaves and nodes, padded with zeros to a power of two). The coordinator's other
-entries are audits, which are printed, and the ends of runs, whose digests `sha256sum` recomputes in the run's folder.
+of the sites' words before it (RFC 6962 leaves and nodes, padded with zeros to a power of two); with KEYS.json, every
+entry is covered by a word under one of these keys. The coordinator's other entries are audits, which are printed, and
+the ends of runs, whose digests `sha256sum` recomputes in the run's folder.
 """
 
 import hashlib
@@ -45,12 +46,10 @@ def signed_bytes(text: str, signature: str) -> bytes:
 def main(export: str, keys_file: str | None = None) -> None:
     with open(export, encoding="utf-8") as file:
         header, *lines = map(json.loads, file)
-    keys = json.loads(pathlib.Path(keys_file).read_text("utf-8")) if keys_file else {}
-    heads: dict[str, list[str]] = {}
-    bodies: dict[str, list[dict]] = {}
-    covered: dict[str, int] = {}
-    batch: list[bytes] = []
-    words = roots = 0
+    given = json.loads(pathlib.Path(keys_file).read_text("utf-8")) if keys_file else {}
+    keys, covered = dict(given), dict[str, int]()
+    heads, bodies = dict[str, list[str]](), dict[str, list[dict]]()
+    batch, words, roots = list[bytes](), 0, 0
     for line in lines:
         if "body" in line:
             site, body = line["site"], line["body"].encode()
@@ -84,16 +83,23 @@ def main(export: str, keys_file: str | None = None) -> None:
         if entry["kind"] != "witness" or root(batch).hex() != entry["dataset"]:
             fail(f"{where}: root")
         batch, roots = [], roots + 1
-    print(f"verified: {sum(map(len, bodies.values()))} entries of {len(bodies)} chains")
-    print(f"  {words} signed words, {roots} roots")
+    loose, trusted = [], given if keys_file else heads
     for site, entries in bodies.items():
         print(f"  {site}: {epsilon(entries)}")
-        for entry in (entry for entry in entries[: covered.get(site, 0)] if entry["kind"] == "audit"):
+        first = covered.get(site, 0) + 1 if site in trusted else 1
+        if first <= len(entries):
+            why = "no signed word covers them" if site in trusted else "there is no key of this chain"
+            loose.append(f"site {site!r}, entries {first} to {len(entries)}: {why}")
+        for entry in (one for one in entries[: covered.get(site, 0)] if one["kind"] == "audit"):
             found = json.loads(entry["metadata"]["audit"])
-            print(f"    audit of {entry['run']}, level {found['level']}: {found['verdict']}, ", end="")
-            print(f"ε at least {found['epsilon_lower']:.4g}, claimed {found['claimed_epsilon']}")
+            bound = f"ε at least {found['epsilon_lower']:.4g}, claimed {found['claimed_epsilon']}"
+            print(f"    audit of {entry['run']}, level {found['level']}: {found['verdict']}, {bound}")
+    if keys_file and loose:
+        fail("anybody may have written " + "; ".join(loose))
+    total = sum(map(len, bodies.values()))
+    print(f"verified: {total} entries of {len(bodies)} chains, {words} signed words, {roots} roots")
     if not keys_file:
-        print("  signatures agree with each other; give KEYS.json to know whose they are")
+        print("  signatures agree with each other; give KEYS.json to know whose they are", *loose, sep="\n  ")
 
 
 def epsilon(entries: list[dict]) -> str:

@@ -453,6 +453,32 @@ def test_the_export_is_checked_without_privfed(audited: Path, tmp_path: Path) ->
     assert better != text and "NOT VERIFIED: site 'coordinator', entry 5" in said(better).stderr
 
 
+def test_the_check_without_privfed_names_what_nobody_signed(audited: Path, tmp_path: Path) -> None:
+    file, keys = tmp_path / "export.jsonl", tmp_path / "keys.json"
+    whole = list(exports.lines(audited / "ledger.db"))
+    everyone = json.loads((audited / "keys.json").read_text())
+
+    def said(lines: list[str], known: dict[str, str] | None) -> subprocess.CompletedProcess[str]:
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        keys.write_text(json.dumps(known))
+        script = [sys.executable, str(ROOT / "docs" / "check_export.py"), str(file)]
+        return subprocess.run([*script, str(keys)][: 3 + bool(known)], capture_output=True, text=True, check=False)
+
+    entries = sum('"site": "hospital-2"' in line or '"site":"hospital-2"' in line for line in whole)
+    some = said(whole, {name: key for name, key in everyone.items() if name != "hospital-2"})
+    assert some.returncode == 1 and "verified:" not in some.stdout
+    assert f"site 'hospital-2', entries 1 to {entries}: there is no key of this chain" in some.stderr
+    assert "hospital-1" not in some.stderr
+    bare = said([line for line in whole if not line.startswith('{"statement"')], everyone)
+    assert bare.returncode == 1
+    assert f"site 'hospital-2', entries 1 to {entries}: no signed word covers them" in bare.stderr
+    last = said(whole[:-1], everyone)  # the coordinator's last word, on the audit
+    assert last.returncode == 1 and "site 'coordinator', entries 5 to 5: no signed word covers them" in last.stderr
+    unknown = said(whole[:-1], None)
+    assert unknown.returncode == 0 and "entries 5 to 5: no signed word" in unknown.stdout
+    assert "give KEYS.json" in unknown.stdout and "hospital-1', entries" not in unknown.stdout
+
+
 def test_a_second_accountant_of_the_chain_agrees_with_the_ledgers(run: Path) -> None:
     """`verification.Spends` reads settlements by its own rules."""
     with Ledger(run / "ledger.db") as ledger:
