@@ -1,17 +1,24 @@
-"""The audit report of a large ledger, and the verification of a very large one: bars, and where the time goes.
+"""The audit report of a large ledger, the verification of a very large one, and how soon the command line answers.
 
-python benchmarks/audit_report.py [--quick] [--json FILE] [--check]
+By the clock, and in processor time, which other work on the machine does not lengthen; the bars are about the second.
+
+    python benchmarks/audit_report.py [--quick] [--json FILE] [--check]
 """
 
 import hashlib
+import resource
 import sqlite3
+import statistics
+import subprocess
+import sys
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from common import Bar, Report, interleaved, parse, peak_memory_bytes, timed
+from common import Bar, Report, Timing, parse, peak_memory_bytes
 
 from privfed import audit_report, seals, verification
 from privfed.crypto import keys
@@ -23,12 +30,16 @@ from privfed.seals import COORDINATOR
 DELTA = 1e-5
 START = datetime(2026, 1, 1, tzinfo=UTC)
 BARS = (
-    Bar("report of 50 sites × 200 rounds, local noise", at_most=5.0),
-    Bar("report of 50 sites × 200 rounds, every site another history", at_most=5.0),
-    Bar("report of 50 sites × 200 rounds, noise in shares", at_most=5.0),
-    Bar("verify 1e5 events, local noise", at_most=10.0),
-    Bar("verify 1e5 events, noise in shares", at_most=10.0),
+    Bar("report of 50 sites × 200 rounds, local noise, processor", at_most=5.0),
+    Bar("report of 50 sites × 200 rounds, every site another history, processor", at_most=5.0),
+    Bar("report of 50 sites × 200 rounds, noise in shares, processor", at_most=5.0),
+    Bar("verify 1e5 events, local noise, processor", at_most=10.0),
+    Bar("verify 1e5 events, noise in shares, processor", at_most=10.0),
+    Bar("privfed --help, processor", at_most=0.3),
+    Bar("accountant epsilon, 1e6 steps, after its imports, processor", at_most=2.0),
 )
+EPSILON = "accountant epsilon --noise-multiplier 1.1 --sample-rate 0.01 --steps 1000000"
+IMPORTS = "import privfed.cli.app, privfed.privacy.accountant, privfed.privacy.opinions, dp_accounting.pld"
 
 
 def main() -> None:
@@ -47,23 +58,65 @@ def main() -> None:
         report.section("privfed accountant report, after import: verified, composed, drawn and written")
         audit_report.html(audit_report.build([books["local noise"].path], delta=DELTA))  # fonts and templates load once
         for name, book in books.items():
-            times = interleaved(
-                {name: lambda book=book: audit_report.html(audit_report.build([book.path], delta=DELTA))},
+            measured(
+                report,
+                f"report of 50 sites × 200 rounds, {name}",
+                lambda book=book: audit_report.html(audit_report.build([book.path], delta=DELTA)),
                 repeats=1 if options.quick else 3,
-                warmup=0,
             )
-            report.add(f"report of 50 sites × 200 rounds, {name}", times[name])
         report.section("privfed accountant verify, signed words every 20 rounds")
         for name, in_shares in (("local noise", False), ("noise in shares", True)):
             rounds_here = many // 2 if in_shares else many  # a reserve and a settlement each round
             book = synthetic(root / f"many-{in_shares}.db", sites=sites, rounds=rounds_here, every=20, shares=in_shares)
             report.add(f"entries, {name}", float(len(entries(book.path))))
-            report.add(
+            measured(
+                report,
                 f"verify 1e5 events, {name}",
-                timed(lambda book=book: verification.verify(book, delta=DELTA, accountant=Accountant())),
+                lambda book=book: verification.verify(book, delta=DELTA, accountant=Accountant()),
             )
+    commands(report, repeats=1 if options.quick else 5)
     report.add("peak memory", peak_memory_bytes() / 2**20, "MiB")
     report.finish(options, BARS)
+
+
+def measured(report: Report, name: str, task: Callable[[], object], *, repeats: int = 1) -> None:
+    """Two rows, by the clock and in this process's own time."""
+    clock, processor = [], []
+    for _ in range(repeats):
+        began, own = time.perf_counter(), time.process_time()
+        task()
+        clock.append(time.perf_counter() - began)
+        processor.append(time.process_time() - own)
+    report.add(f"{name}, clock", Timing(tuple(clock)))
+    report.add(f"{name}, processor", Timing(tuple(processor)))
+
+
+def commands(report: Report, *, repeats: int) -> None:
+    """Processes of their own; what is imported is timed alone, and taken off where the bar is about the rest."""
+    report.section("the command line")
+    module = [sys.executable, "-m", "privfed"]
+    asked = {
+        "privfed --help": [*module, "--help"],
+        "accountant epsilon, 1e6 steps": [*module, *EPSILON.split()],
+        "what it imports": [sys.executable, "-c", IMPORTS],
+    }
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in asked}
+    for _ in range(repeats + 1):  # the first reads from disk
+        for name, command in asked.items():
+            taken[name].append(child(command))
+    for name, times in taken.items():
+        for place, kind in enumerate(("clock", "processor")):
+            report.add(f"{name}, {kind}", Timing(tuple(one[place] for one in times[1:])))
+    rest = [whole[1] - imports[1] for whole, imports in zip(*(taken[n] for n in list(asked)[1:]), strict=True)][1:]
+    report.add("accountant epsilon, 1e6 steps, after its imports, processor", statistics.median(rest), "s")
+
+
+def child(command: list[str]) -> tuple[float, float]:
+    """Seconds by the clock, and of the processor, that a process takes."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    clock, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return clock, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def entries(path: Path) -> Sequence[Recorded]:
