@@ -1,7 +1,9 @@
 """All levels on one target, and the file that they leave."""
 
 import os
+import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -157,10 +159,18 @@ def _text(found: AuditFile) -> str:
 
 
 def _create(path: Path, text: str) -> None:
+    """A new file, whole or not at all: written under another name, and given its own if that is free."""
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
     try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
             file.write(text)
+        if os.path.lexists(path):
+            raise FileExistsError
+        os.replace(draft, path)
     except FileExistsError:
         raise RunFolderError(f"{path} exists already: nothing was changed; give another --out") from None
     except OSError as error:
         raise RunFolderError(f"{path} could not be written: {error.strerror}") from None
+    finally:
+        with suppress(OSError):
+            draft.unlink()

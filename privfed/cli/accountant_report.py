@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from .output import write_whole
+
 Targets = Annotated[
     list[Path], typer.Argument(metavar="LEDGER|RUN…", help="Ledger files, and folders of runs that have ended.")
 ]
@@ -85,10 +87,5 @@ def report(
 
 
 def _write(path: Path, content: bytes) -> None:
-    from privfed.errors import RunFolderError
-
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        raise RunFolderError(f"can not write {path}: {error.strerror}; give another place with --out FILE") from None
+    write_whole(path, content)
     typer.echo(f"report: {path}", err=True)

@@ -48,6 +48,7 @@ _AFTER = {
     "run": "what was spent stands in the ledger: go on with privfed run --resume FOLDER",
     "study": "give the command again to go on: what is done is kept",
     "audit": "no result was recorded unless it says so above: give the command again, its seed makes the same audit",
+    "accountant": "no ledger was changed: give the command again",
 }
 
 

@@ -80,14 +80,14 @@ def command(
 
         found = auditing.audit(target, levels=level, trials=trials, by=by or (), seed=seed, progress=shown)
     auditing.record(target, found)
+    if target.home is not None:  # at once: whoever is interrupted from here on is to know it
+        typer.echo(f"stands in the ledger, signed: {target.home.ledger()}", err=True)
     path = auditing.write(target, found, out)
     if json:
         print_json(found)
     else:
         for one in found.audits:
             typer.echo(_line(one))
-    if target.home is not None:
-        typer.echo(f"stands in the ledger, signed: {target.home.ledger()}", err=True)
     if path is not None:
         typer.echo(f"written to {path}", err=True)
     if found.violated:

@@ -7,7 +7,7 @@ import typer
 
 from .checks import check_delta
 from .exits import NOT_VERIFIED
-from .output import print_json
+from .output import print_json, write_whole
 
 if TYPE_CHECKING:
     from privfed.privacy.ledger import Recorded
@@ -140,16 +140,12 @@ def export(
 ) -> None:
     """Canonical JSON lines of a ledger that verifies, for anybody's own check (docs/check_export.py)."""
     from privfed import exports, verification
-    from privfed.errors import RunFolderError
 
     text = "\n".join(exports.lines(verification.find_book(target).path)) + "\n"
     if out is None:
         typer.echo(text, nl=False)
         return
-    try:
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise RunFolderError(f"can not write {out}: {error.strerror}; give another place with --out FILE") from None
+    write_whole(out, text.encode())
     typer.echo(f"export: {out}")
 
 
