@@ -11,7 +11,7 @@ from ..selftest import SelfTestFailed
 from .result import Audit, verdict_of
 
 _FALSE_ALARM = 1e-6  # of one statistic, as in selftest.py
-_STATISTICS = 3  # of one check
+_STATISTICS = 4  # of one check
 
 
 def check_gaussian(residual: NDArray[np.float64], deviation: float, *, what: str = "the noise") -> None:
@@ -32,6 +32,20 @@ def check_gaussian(residual: NDArray[np.float64], deviation: float, *, what: str
     chance = float(kstest(values, "norm").pvalue)
     if chance < _FALSE_ALARM:
         raise SelfTestFailed(f"{what} does not follow the normal law (Kolmogorov–Smirnov: p = {chance:.1g})")
+
+
+def check_coordinates(releases: NDArray[np.float64], deviation: float, *, what: str = "the noise") -> None:
+    """Tests that no coordinate of releases float64[k, P] has less noise than N(0, deviation²): a head without any hides
+    among the many numbers of a body. For shares of noise of a variance of 100 and more, which are as good as normal.
+
+    Raises:
+        SelfTestFailed: with the number of coordinates. Sound noise fails with a probability of about 1e-6.
+    """
+    count, size = releases.shape
+    spread = np.sum((releases / deviation) ** 2, axis=0)
+    quiet = int((spread < chi2.ppf(_FALSE_ALARM / size, count)).sum())
+    if quiet:
+        raise SelfTestFailed(f"{what} is missing or too small in {quiet} of {size} coordinates")
 
 
 def check_streams(streams: Sequence[NDArray[np.float64]], *, what: str = "the noises") -> None:

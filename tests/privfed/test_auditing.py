@@ -17,11 +17,12 @@ from privfed.cli import app
 from privfed.config import Aggregation, Config, Evaluation, Privacy
 from privfed.data.sources import BreastCancer
 from privfed.errors import ConfigError, RunFolderError
-from privfed.methods import FedAvg, FedSGD, Fomaml, Local, Reptile
-from privfed.privacy import noise, skellam
+from privfed.methods import FedAvg, FedRep, FedSGD, Fomaml, Local, Reptile
+from privfed.privacy import noise, shared, skellam
 from privfed.privacy.audit.result import Audit
 from privfed.privacy.events import NoiseSite, PrivacyUnit
 from privfed.privacy.oracle import door, opacus
+from privfed.site import Site
 from tests.privfed.house import changed
 
 LOCAL = Privacy(noise_multiplier=1.2, target_epsilon=50.0, sample_rate=1.0, expected_batch_size=10.0)
@@ -69,7 +70,7 @@ def test_sound_mechanisms_pass_levels_1_and_2(kind: str) -> None:
     assert first.verdict in ("supported", "inconclusive")
     assert 0 < first.epsilon_lower < (first.claimed_epsilon or 0.0)  # the canary shows, and not too much
     assert second.verdict in ("supported", "inconclusive")
-    assert second.note.startswith("5 checks passed")
+    assert second.note.startswith(f"{5 if KINDS[kind].privacy.unit is PrivacyUnit.CLIENT else 6} checks passed")
 
 
 def test_a_sound_mechanism_is_supported_with_enough_releases() -> None:
@@ -141,6 +142,89 @@ def test_a_batch_that_is_used_again_does_not_get_past_the_meter(monkeypatch: pyt
     object.__setattr__(target.ready, "config", ready)
     (found,) = auditing.audit(target, levels=[2]).audits
     assert found.verdict == "violation" and "what is booked" in found.note and "not released" in found.note
+
+
+HEADED = config(rounds=1, method=FedRep(head_steps=1), model=config_io.load_config(None, ["model.hidden=[8]"]).model)
+
+
+def audited(settings: Config, folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """A run of these settings, then `privfed audit --level 2` on its folder: its exit code and what it says."""
+    api.run(settings, out=folder)
+    return command("audit", str(folder), "--level", "2"), capsys.readouterr().out
+
+
+def test_a_sound_head_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = audited(HEADED, tmp_path / "run", capsys)
+    assert code == 0 and "6 of 6 checks passed" in said
+
+
+def test_a_head_without_noise_is_a_violation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last layer's 18 of 266 numbers are released as they are: too few to move the whole's variance."""
+
+    def release(clipped_sum: Tensor, *, expected_batch_size: float, **others: Any) -> Tensor:
+        noised = noise.release(clipped_sum, expected_batch_size=expected_batch_size, **others)
+        noised[-18:] = clipped_sum[-18:] / expected_batch_size
+        return noised
+
+    monkeypatch.setattr(door, "release", release)
+    code, said = audited(HEADED, tmp_path / "run", capsys)
+    assert code == 4 and "VIOLATION" in said and "is missing or too small in 18 of 266 coordinates" in said
+
+
+def test_a_head_that_is_fitted_without_noise_is_a_violation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is asked and booked is as declared, and what is sent is noised: but it begins at a head of exact records."""
+    sound = FedRep.contribute
+
+    def contribute(self: FedRep, broadcast: Any, shared: Any, door: Any) -> tuple[Tensor, Any]:
+        start = broadcast["theta"].clone()
+        start[-18:] += door._records.inputs.mean()
+        return sound(self, {**broadcast, "theta": start}, shared, door)
+
+    monkeypatch.setattr(FedRep, "contribute", contribute)
+    code, said = audited(HEADED, tmp_path / "run", capsys)
+    assert code == 4 and "VIOLATION" in said and "in another way than by the noised answers" in said
+
+
+COUNTED = config(rounds=1, privacy=SHARED, method=FedSGD(), evaluation=Evaluation(local_steps=1, release="private"))
+
+
+def test_figures_through_too_little_noise_are_a_violation(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "noise of the figures" in attacked(COUNTED, 2).note
+    whole = shared.add_share
+    sound = shared.CountSum.encode
+
+    def encode(self: shared.CountSum, vector: Any, key: bytes) -> Any:
+        with monkeypatch.context() as weak:
+            weak.setattr(shared, "add_share", lambda *a, variance, **b: whole(*a, variance=variance // 9, **b))
+            return sound(self, vector, key)
+
+    monkeypatch.setattr(shared.CountSum, "encode", encode)
+    found = attacked(COUNTED, 2)
+    assert found.verdict == "violation" and "noise of the figures: the noise of hospital-1 has 0.1" in found.note
+
+
+def test_counts_without_noise_never_leave_a_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A site tests its share of noise before it relies on it: the run gives no figure."""
+    monkeypatch.setattr(shared.CountSum, "encode", lambda self, vector, key: np.asarray(vector, np.int64))
+    done = api.run(COUNTED, out=tmp_path / "run")
+    assert all(line.released is None for line in done.rounds)
+
+
+def test_exact_figures_beside_noised_ones_make_the_report_unsound(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The metric leak, from the site's own code to the auditor's page."""
+    monkeypatch.setattr(Site, "_shows_figures", lambda self, config: True)
+    api.run(COUNTED, out=tmp_path / "run")
+    assert command("accountant", "report", str(tmp_path / "run"), "--format", "json") == 0
+    said = capsys.readouterr()
+    (found,) = [one for one in json.loads(said.out)["findings"] if one["rule"] == "figures are covered"]
+    assert found["verdict"] == "UNSOUND-CLAIM" and "exact figures of 4 sites beside the noised ones" in str(found)
+    assert "verdict: UNSOUND-CLAIM" in said.err
 
 
 @pytest.mark.parametrize("kind", ["local", "shared", "fomaml"])
@@ -302,7 +386,7 @@ def test_the_command_prints_writes_and_says_by_its_exit_code(
     monkeypatch.setattr(door, "release", weak_release(3.0))
     assert command("audit", str(made), "--level", "2", "--out", str(tmp_path / "a.json")) == 4
     said = capsys.readouterr()
-    assert "VIOLATION" in said.out and "4 of 5 checks passed" in said.out
+    assert "VIOLATION" in said.out and "5 of 6 checks passed" in said.out
     assert auditing.read(tmp_path / "a.json").violated
     assert command("accountant", "show", str(made), "--json") == 0
     stated = json.loads(capsys.readouterr().out)["audits"]  # wherever the copy went, the ledger has it
