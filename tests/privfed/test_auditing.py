@@ -161,16 +161,22 @@ def test_a_sound_head_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_a_head_without_noise_is_a_violation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last layer's 18 of 266 numbers are released as they are: too few to move the whole's variance."""
+    """The last layer's 18 of 266 numbers are released as they are, then its biases alone."""
 
-    def release(clipped_sum: Tensor, *, expected_batch_size: float, **others: Any) -> Tensor:
-        noised = noise.release(clipped_sum, expected_batch_size=expected_batch_size, **others)
-        noised[-18:] = clipped_sum[-18:] / expected_batch_size
+    def release(number: int) -> Callable[..., Tensor]:
+        def noised(clipped_sum: Tensor, *, expected_batch_size: float, **others: Any) -> Tensor:
+            released = noise.release(clipped_sum, expected_batch_size=expected_batch_size, **others)
+            released[-number:] = clipped_sum[-number:] / expected_batch_size
+            return released
+
         return noised
 
-    monkeypatch.setattr(door, "release", release)
+    monkeypatch.setattr(door, "release", release(18))
     code, said = audited(HEADED, tmp_path / "run", capsys)
-    assert code == 4 and "VIOLATION" in said and "is missing or too small in 18 of 266 coordinates" in said
+    assert code == 4 and "VIOLATION" in said and "law of the noise: the noise of hospital-1" in said
+    monkeypatch.setattr(door, "release", release(2))  # too few to show in the law of all of them together
+    found = attacked(HEADED, 2)
+    assert found.verdict == "violation" and "is missing or too small in 2 of 266 coordinates" in found.note
 
 
 def test_a_head_that_is_fitted_without_noise_is_a_violation(
@@ -189,7 +195,8 @@ def test_a_head_that_is_fitted_without_noise_is_a_violation(
     assert code == 4 and "VIOLATION" in said and "in another way than by the noised answers" in said
 
 
-COUNTED = config(rounds=1, privacy=SHARED, method=FedSGD(), evaluation=Evaluation(local_steps=1, release="private"))
+STRICT = msgspec.structs.replace(SHARED, noise_multiplier=None, target_epsilon=1.0)  # noise enough to take some away
+COUNTED = config(rounds=1, privacy=STRICT, method=FedSGD(), evaluation=Evaluation(local_steps=1, release="private"))
 
 
 def test_figures_through_too_little_noise_are_a_violation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,12 +206,12 @@ def test_figures_through_too_little_noise_are_a_violation(monkeypatch: pytest.Mo
 
     def encode(self: shared.CountSum, vector: Any, key: bytes) -> Any:
         with monkeypatch.context() as weak:
-            weak.setattr(shared, "add_share", lambda *a, variance, **b: whole(*a, variance=variance // 9, **b))
+            weak.setattr(shared, "add_share", lambda *a, variance, **b: whole(*a, variance=max(1, variance // 4), **b))
             return sound(self, vector, key)
 
     monkeypatch.setattr(shared.CountSum, "encode", encode)
     found = attacked(COUNTED, 2)
-    assert found.verdict == "violation" and "noise of the figures: the noise of hospital-1 has 0.1" in found.note
+    assert found.verdict == "violation" and "noise of the figures: the noise of hospital-1 has 0." in found.note
 
 
 def test_counts_without_noise_never_leave_a_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
