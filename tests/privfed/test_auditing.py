@@ -218,7 +218,7 @@ def test_counts_without_noise_never_leave_a_site(tmp_path: Path, monkeypatch: py
     """A site tests its share of noise before it relies on it: the run gives no figure."""
     monkeypatch.setattr(shared.CountSum, "encode", lambda self, vector, key: np.asarray(vector, np.int64))
     done = api.run(COUNTED, out=tmp_path / "run")
-    assert all(line.released is None for line in done.rounds)
+    assert all(report.released is None for report in done.reports)
 
 
 def test_exact_figures_beside_noised_ones_make_the_report_unsound(
