@@ -76,6 +76,7 @@ class Preparation:
     noise_multiplier: float
     side_noise: SideNoise
     accountant: Accountant = field(repr=False)
+    baselines: dict[bytes, torch.Tensor] = field(default_factory=dict, repr=False)  # as of `Site`
 
     @property
     def training(self) -> tuple[str, ...]:
@@ -84,12 +85,13 @@ class Preparation:
         return tuple(name for name in self.data.sites if name not in unseen)
 
 
-def prepare(config: Config, *, facts: RunFacts | None = None) -> Preparation:
+def prepare(config: Config, *, facts: RunFacts | None = None, data: Sites | None = None) -> Preparation:
     """Check that the configuration can run and promise what it claims; load the data; calibrate the noise.
 
     Args:
         config: what to run.
         facts: of an interrupted run, whose noise is calibrated already.
+        data: what ``config.data.load`` gave for this seed and task; default read now.
 
     Raises:
         ConfigError: a combination that has no guarantee or does not fit the sites.
@@ -101,7 +103,8 @@ def prepare(config: Config, *, facts: RunFacts | None = None) -> Preparation:
     reason = config.method.guarantee(config.privacy.unit, config.privacy.noise)
     if reason is not None:
         raise ConfigError(reason)
-    data = config.data.load(seed=config.seed, task=config.task)
+    if data is None:
+        data = config.data.load(seed=config.seed, task=config.task)
     for records in data.sites.values() if config.method.sends else ():
         check_units(config, records)
     unseen = held_out(config, list(data.sites))
@@ -254,6 +257,7 @@ def _drive(ready: Preparation, home: RunFolder, observer: Observer | None, *, pa
             ledger=home.ledger(),
             journal=home.path / folder.JOURNAL,
             accountant=ready.accountant,
+            baselines=ready.baselines,
         ) as consortium:
             _same_records(home, consortium)
             home.keep_metrics(lines)  # a line beyond the checkpoint is of the round that is now done again

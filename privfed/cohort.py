@@ -1,7 +1,7 @@
 """The numbers of a round's aggregation: what follows from how many sites are invited."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from privfed.crypto import degree as graph_degree
@@ -37,13 +37,16 @@ class Cohort:
         return self.size - needed
 
 
-def held_out(config: Config, names: Sequence[str]) -> frozenset[str]:
+def held_out(config: Config, names: Iterable[str]) -> frozenset[str]:
     """The sites among ``names`` that take no part in training, by names and the public seed alone.
 
     Raises:
         ConfigError: a site is to be held out that there is not.
     """
     evaluation = config.evaluation
+    if not evaluation.unseen_sites and not evaluation.unseen_fraction:
+        return frozenset()  # every site asks this of every message: the names are not gone through for nothing
+    names = list(names)
     if strangers := sorted(set(evaluation.unseen_sites) - set(names)):
         raise ConfigError(f"evaluation.unseen_sites: no site {strangers[0]!r}; sites are {', '.join(names)}")
     others = sorted(set(names) - set(evaluation.unseen_sites), key=lambda name: _place(config.seed, name))

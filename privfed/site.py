@@ -7,7 +7,7 @@ the ledger has the spend on disk before the vector that it paid for exists in an
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from datetime import datetime
@@ -34,6 +34,7 @@ from privfed.privacy.budget import Budget
 from privfed.privacy.errors import BudgetExhausted, ChargeConflict, NoGuarantee, PrivacyError
 from privfed.privacy.events import Charge, NoiseSite, PrivacyUnit, from_canonical_json, to_canonical_json
 from privfed.privacy.ledger import Entry, Ledger, utc_now
+from privfed.privacy.oracle.door import Door
 from privfed.privacy.oracle.together import Oracle
 from privfed.privacy.releases import Standardisation
 from privfed.privacy.selftest import SelfTest, SelfTestFailed
@@ -140,6 +141,7 @@ class Site:
         network: makes the model and the loss that gradients come from, instead of the run's own; for audits alone.
         oracle: computes gradients for simulated sites together; None at a real site, which computes its own.
         verify: of signatures; simulated sites share one that remembers, as they check the same ones.
+        baselines: models of sites alone, by what they follow from; a study's runs share them. None at a real site.
 
     Guarantees:
         What leaves is an aggregation message, a refusal, or evaluation figures. A refused plan touches no record. The
@@ -168,6 +170,7 @@ class Site:
         network: Callable[[], Network] | None = None,
         oracle: Oracle | None = None,
         verify: Verify = verify,
+        baselines: MutableMapping[bytes, Tensor] | None = None,
     ) -> None:
         self.name = identity.name
         self._identity, self._roster = identity, roster
@@ -196,6 +199,7 @@ class Site:
         self._shared: State | None = None  # what the round in progress began with
         self._after: tuple[int, State] | None = None  # a round, and the shared state after it
         self._local_only: Tensor | None = None
+        self._baselines = {} if baselines is None else baselines
         self._current: _Round | None = None
 
     @property
@@ -503,9 +507,7 @@ class Site:
         shared = {name: tensor.clone() for name, tensor in self.shared_state.items()}
         self._private = config.method.personalize(state, shared, private, door)
         if self._local_only is None:
-            start = {"theta": parameters.to_vector(model)}
-            alone = Local(steps=config.evaluation.local_steps, lr=config.evaluation.local_lr)
-            self._local_only = alone.personalize(state, {}, start, door)["theta"]
+            self._local_only = self._alone(config, parameters.to_vector(model), records, state, door)
 
         def outputs(theta: Tensor) -> Tensor:
             return evaluation.outputs_of(model, theta, records.test.inputs)
@@ -528,6 +530,18 @@ class Site:
             epsilon=epsilon,
             seal=word,
         )
+
+    def _alone(self, config: Config, start: Tensor, records: Split, state: State, door: Door) -> Tensor:
+        """float32[P]: the model of this site without the others."""
+        alone = Local(steps=config.evaluation.local_steps, lr=config.evaluation.local_lr)
+        terms = msgspec.msgpack.encode((alone, config.model, config.transfer, config.task, config.simulation.engine))
+        follows_from = hashlib.sha256(terms)
+        for tensor in (start, records.train.inputs, records.train.targets):
+            follows_from.update(repr((tensor.dtype, tensor.shape)).encode() + tensor.contiguous().numpy().tobytes())
+        name = follows_from.digest()
+        if name not in self._baselines:
+            self._baselines[name] = alone.personalize(state, {}, {"theta": start}, door)["theta"]
+        return self._baselines[name]
 
     def _seal(self, plan: wire.RoundPlan, spent: Epsilon) -> bytes:
         """This site's signed word on what stands in its ledger."""
@@ -555,8 +569,8 @@ class Site:
 
     def _held_out(self, config: Config) -> bool:
         """Whether the configuration holds this site out of training."""
-        sites = [member.name for index, member in enumerate(self._roster.members) if index != self._aside(config)]
-        return self.name in held_out(config, sites)
+        members = enumerate(self._roster.members)
+        return self.name in held_out(config, (member.name for index, member in members if index != self._aside(config)))
 
     def _aside(self, config: Config) -> int | None:
         """The roster index of a key holder that is no site."""

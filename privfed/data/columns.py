@@ -95,6 +95,8 @@ def input_ranges(columns: Sequence[Column]) -> tuple[tuple[float, float], ...]:
 
 def item_positions(columns: Sequence[Column]) -> tuple[tuple[int, int], ...]:
     """(position among the model's inputs, count) of each item column."""
+    if not any(isinstance(column, Item) for column in columns):
+        return ()  # asked with every message
     found: list[tuple[int, int]] = []
     at = 0
     for column in columns:

@@ -1,12 +1,13 @@
 """A whole consortium in one process: sites, identities and the engine between them."""
 
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
+from torch import Tensor
 
 from privfed.crypto.journal import Journal, JournalFile, SQLiteJournal
 from privfed.crypto.keys import MemoisedVerify
@@ -63,13 +64,14 @@ def open_consortium(
     journal: Path,
     accountant: Accountant,
     network: Callable[[], Network] | None = None,
+    baselines: MutableMapping[bytes, Tensor] | None = None,
 ) -> Iterator[Consortium]:
     """Sites over the ledger at ``ledger``, whose key file gives each of them its own secrets.
 
     The same ledger gives the same identities and noise keys again, so that an interrupted run goes on as itself.
 
     Args:
-        network: as of `Site`.
+        network, baselines: as of `Site`.
 
     Raises:
         ConfigError: from `members`.
@@ -118,6 +120,7 @@ def open_consortium(
                 network=network,
                 oracle=together,
                 verify=verify,
+                baselines=baselines,
             )
             for name, records in data.sites.items()
         }

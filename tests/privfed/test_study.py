@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+import privfed
 from privfed import folder
 from privfed.cli.app import app
 from privfed.errors import ConfigError, PrivfedError, RunFolderError
@@ -54,6 +55,43 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, tuple[Cell, .
     finished = run_study(todo, home, backend="sequential")
     assert all(cell.error is None and not cell.resumed for cell in finished)
     return study, todo, home
+
+
+def test_runs_on_the_same_records_read_them_once_and_share_exact_baselines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study(
+        seeds=(0, 1),
+        common={
+            "rounds": 1,
+            "aggregation.kind": "plain",
+            "privacy.noise_multiplier": 3.0,
+            "privacy.target_epsilon": 50,
+        },
+        grid={"evaluation.local_steps": (1, 5)},
+        cases={"average": {"method.name": "fedavg"}, "reptile": {"method.name": "reptile"}},
+    )
+    todo = cells(study, tmp_path)
+    read, load = [], type(todo[0].config.data).load
+
+    def loading(source: Any, **settings: Any) -> Any:
+        read.append(settings["seed"])
+        return load(source, **settings)
+
+    monkeypatch.setattr(type(todo[0].config.data), "load", loading)
+    assert [done.cell for done in run_study(todo, tmp_path / "shared", backend="sequential")] == list(todo)
+    assert sorted(read) == [0, 1]
+
+    def alone(home: Path) -> list[float]:
+        (line,) = map(json.loads, (home / folder.METRICS).read_text().splitlines())
+        return [measured["local_only"] for _, measured in sorted(line["sites"].items())]
+
+    seen = {}
+    for cell in todo:
+        privfed.run(cell.config, out=tmp_path / cell.id, report=False)
+        seen[cell.id] = alone(tmp_path / cell.id)
+        assert alone(tmp_path / "shared" / CELLS / cell.id) == seen[cell.id]  # as without the others
+    assert len(set(map(tuple, seen.values()))) == 4  # 2 seeds · 2 numbers of steps; the methods have the same ones
 
 
 def test_every_combination_is_a_cell_with_its_own_settings(tmp_path: Path) -> None:
