@@ -7,18 +7,22 @@ the last one, which does what the peers do; the floor has that noise too.
 
     python benchmarks/simulation.py [--quick] [--json FILE] [--check]
 
-pfl: pip install --no-deps --target DIR pfl==0.6.0 multiprocess dill, and DIR on PYTHONPATH. Times are of the process's
+pfl: pip install --no-deps --target DIR pfl==0.6.0 multiprocess dill, and DIR on PYTHONPATH. Flower with Ray:
+FLOWER_PYTHON names the python of an environment that has 'flwr[simulation]==1.41' and torch. Times are of the process's
 processor clock.
 """
 
 import functools
 import importlib.util
+import json
+import os
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -78,6 +82,7 @@ BARS = (
     Bar("10,000 sites × 100 records, MLP, one round: memory", at_most=4.0),
     Bar("mlp: pfl 0.6 without privacy / ours without privacy", at_least=10.0),
     Bar("mlp: pfl 0.6 without privacy / ours", at_least=6.0),
+    Bar("mlp: Flower with Ray, without privacy / ours", at_least=20.0),
 )
 
 
@@ -390,7 +395,10 @@ def main() -> None:
     report.add("10,000 sites × 100 records, MLP, one round", seconds, "s")
     if torch.cuda.is_available():
         on_gpu(report, sites, records)
-    report.note("Flower with Ray: not measured here yet; it needs an environment of its own (flwr[simulation]==1.41)")
+    if python := os.environ.get("FLOWER_PYTHON"):
+        beside_flower(report, python, sites, records, quick=options.quick)
+    else:
+        report.note("Flower with Ray: not measured, FLOWER_PYTHON names no environment that has it")
     report.finish(options, BARS)
 
 
@@ -421,6 +429,26 @@ def beside_peers(report: Report, name: str, sites: int, records: int, *, quick: 
     plain = times["without privacy, all sites in one pass"]
     if other is not None:
         report.add("mlp: pfl 0.6 without privacy / ours without privacy", times["pfl 0.6 without privacy"].over(plain))
+
+
+def beside_flower(report: Report, python: str, sites: int, records: int, *, quick: bool) -> None:
+    """Its daemons and workers are other processes: processor time of them all beside ours."""
+    report.section(f"Flower with Ray, mlp: {sites} sites × {records} records, {STEPS} steps, a round")
+    script = Path(__file__).with_name("flower_simulation.py")
+    numbers = map(str, (sites, records, STEPS, 1 if quick else 4))
+    done = subprocess.run([python, script, *numbers], check=True, capture_output=True, text=True)
+    flower = json.loads(done.stdout.splitlines()[-1])
+    report.add("mlp: Flower with Ray, clock", flower["clock"], "s")
+    report.add("mlp: Flower with Ray, processor time", flower["cpu"], "s")
+    study = Study.of("mlp", [records] * sites)
+    tasks: dict[str, Callable[[], object]] = {
+        " without privacy": ours_without_privacy(study),
+        "": ours(study, LIKE_PEERS),
+        ", as run": ours(study, AS_RUN),
+    }
+    for suffix, timing in interleaved(tasks, repeats=1 if quick else 5, clock=time.process_time).items():
+        report.add(f"mlp: beside Flower, ours{suffix}", timing)
+        report.add(f"mlp: Flower with Ray, without privacy / ours{suffix}", flower["cpu"] / timing.median, "×")
 
 
 def few_sites(report: Report, records: int, *, quick: bool) -> None:
