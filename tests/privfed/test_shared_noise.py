@@ -861,6 +861,7 @@ def test_a_trusted_server_that_crashed_adds_its_noise_to_no_second_sum(tmp_path:
             roster=house.roster,
             engine=tap,
             noise_multiplier=5.0,
+            schema=SCHEMA,
             state=settings.method.init_server(torch.zeros(SIZE)),
             server_key=bytes(32),
             journal=journal,

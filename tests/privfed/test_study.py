@@ -242,15 +242,14 @@ def test_a_cluster_runs_the_cells(backend: str, package: str, tmp_path: Path) ->
     assert collect(study, todo[:2], tmp_path).runs["error"].isna().all()
 
 
-def _work(task: int) -> int:
-    if task == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return task
-
-
 def test_a_killed_worker_ends_the_study_with_what_to_do() -> None:
+    def work(task: int) -> int:  # local: it travels as code, for workers know nothing of tests
+        if task == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return task
+
     with pytest.raises(PrivfedError, match="fewer --jobs"):
-        list(ended("loky", None, 2, _work, [0, 1]))
+        list(ended("loky", None, 2, work, [0, 1]))
 
 
 def test_two_at_once_in_one_folder_are_one(done: tuple[Study, tuple[Cell, ...], Path]) -> None:
