@@ -49,7 +49,7 @@ def main(export: str, keys_file: str | None = None) -> None:
     given = json.loads(pathlib.Path(keys_file).read_text("utf-8")) if keys_file else {}
     keys, covered = dict(given), dict[str, int]()
     heads, bodies = dict[str, list[str]](), dict[str, list[dict]]()
-    batch, words, roots, elsewhere = list[bytes](), 0, 0, set[str]()
+    batch, words, roots, elsewhere = list[bytes](), 0, 0, dict[str, str]()
     for line in lines:
         if "body" in line:
             site, body = line["site"], line["body"].encode()
@@ -64,9 +64,12 @@ def main(export: str, keys_file: str | None = None) -> None:
         words += 1
         word = json.loads(line["statement"])
         site, where = word["site"], f"signed word {words} (site {word['site']!r}, round {word['round']})"
-        if word["ledger"] != header["ledger"] and site not in heads:
-            elsewhere.add(site)  # a deployed site keeps its own ledger: here only its signed words are
-        if keys.setdefault(site, word["key"]) != word["key"] or (word["ledger"] != header["ledger"] and site in heads):
+        home = header["ledger"]
+        if word["ledger"] != home and site not in heads:  # a deployed site keeps its own: here only its words are
+            home = elsewhere.setdefault(site, word["ledger"])
+            if keys_file and site not in given:
+                fail(f"{where}: there is no key of this site, anybody may have signed it")
+        if keys.setdefault(site, word["key"]) != word["key"] or word["ledger"] != home:
             fail(f"{where}: another key or ledger")
         try:
             public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(word["key"]))

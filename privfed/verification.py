@@ -202,6 +202,8 @@ def _check_statements(
         home = homes.setdefault(word.site, word.ledger) if elsewhere else ledger.id
         if word.ledger != home or signers.setdefault(word.site, word.key) != word.key:
             raise LedgerCorrupt(book.path, other, where)
+        if elsewhere and book.keys and word.site not in book.keys:
+            raise LedgerCorrupt(book.path, "there is no key of this site in --keys: anybody may have signed it", where)
         head = chain[word.sequence - 1].hash if 0 < word.sequence <= len(chain) else ""
         if not elsewhere and (word.sequence > len(chain) or (word.sequence and head != word.head)):
             raise LedgerCorrupt(book.path, f"entry {word.sequence} is not the one that was signed", where)

@@ -1,6 +1,9 @@
 """Blocks, checkpoints and restarts, with every folder of a deployment and no network between them."""
 
-from collections.abc import Iterator, Mapping
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 
 import privfed
-from privfed import wire
+from privfed import exports, wire
 from privfed.config import Config
 from privfed.deployment import runs
 from privfed.deployment.consortium import Consortium
@@ -106,6 +109,32 @@ def book_verifies(run: RunFolder) -> None:
     forged = Book(book.path, {**book.keys, "north": book.keys["south"]})
     with pytest.raises(LedgerCorrupt, match="another key"):
         verify(forged, delta=1e-5, accountant=Accountant())
+    some = Book(book.path, {name: key for name, key in book.keys.items() if name != "north"})
+    with pytest.raises(LedgerCorrupt, match="no key of this site"):
+        verify(some, delta=1e-5, accountant=Accountant())
+    without_privfed(book)
+
+
+def without_privfed(book: Book) -> None:
+    """The check that needs no privfed says the same of all keys, of some, and of a word under another ledger."""
+    export, keys = book.path.with_suffix(".jsonl"), book.path.with_suffix(".keys")
+
+    def said(lines: Sequence[str], known: Mapping[str, str]) -> str:
+        export.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        keys.write_text(json.dumps(dict(known)))
+        script = Path(__file__).parents[3] / "docs" / "check_export.py"
+        done = subprocess.run([sys.executable, script, export, keys], capture_output=True, text=True, check=False)
+        assert (done.returncode == 0) == ("verified:" in done.stdout)
+        return done.stdout + done.stderr
+
+    lines = list(exports.lines(book.path))
+    whole = said(lines, book.keys)
+    assert "verified:" in whole and all(f"{site}: signed words alone" in whole for site in SITES)
+    some = {name: key for name, key in book.keys.items() if name != "north"}
+    assert "(site 'north', round 0): there is no key of this site" in said(lines, some)
+    assert "(site 'north', round 0): another key" in said(lines, {**book.keys, "north": book.keys["south"]})
+    lost = [line for line in lines if not (line.startswith('{"statement"') and "north" in line)]
+    assert len(lost) < len(lines) and "NOT VERIFIED" in said(lost, book.keys)
 
 
 STEPS = ("advertise", "share", "mask", "consistency", "unmask", "evaluate")
