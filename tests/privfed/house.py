@@ -61,6 +61,23 @@ def key(site: str, purpose: str) -> bytes:
     return f"{site} {purpose}".encode().ljust(32, b".")[:32]
 
 
+def round_plan(config: Config) -> wire.RoundPlan:
+    """The first round of four sites, of which one may drop out."""
+    return wire.RoundPlan(
+        run="r",
+        round=0,
+        attempt=0,
+        cohort=(0, 1, 2, 3),
+        threshold=3,
+        minimum_cohort=3,
+        colluders=1,
+        degree=None,
+        noise_multiplier=1.0,
+        config=config,
+        roster_version=1,
+    )
+
+
 @dataclass
 class House:
     """Sites a, b, c, … over one ledger."""

@@ -23,6 +23,8 @@ from privfed.privacy.oracle.stacked import StackedNetwork
 from privfed.tasks import Classification
 from privfed.wire import RoundPlan
 
+from .house import round_plan
+
 OWN = Factory(factory="own_network:make")
 KINDS: dict[str, tuple[Network, Inputs]] = {
     "mlp": (MLP(hidden=(5,), norm="group"), Inputs(6)),
@@ -152,20 +154,7 @@ def test_batch_normalisation_of_a_user_s_own_is_refused_with_the_reason() -> Non
 
 
 def plan(model: Network) -> RoundPlan:
-    config = Config(model=model, privacy=Privacy(noise_multiplier=1.0))
-    return RoundPlan(
-        run="r",
-        round=0,
-        attempt=0,
-        cohort=(0, 1, 2, 3),
-        threshold=3,
-        minimum_cohort=3,
-        colluders=1,
-        degree=None,
-        noise_multiplier=1.0,
-        config=config,
-        roster_version=1,
-    )
+    return round_plan(Config(model=model, privacy=Privacy(noise_multiplier=1.0)))
 
 
 def test_a_site_imports_nothing_that_its_own_policy_does_not_trust() -> None:

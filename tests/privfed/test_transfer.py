@@ -26,7 +26,8 @@ from privfed.privacy.oracle.stacked import StackedNetwork
 from privfed.tasks import Classification
 from privfed.terms import Schema, build_model, finished, network_size, parameter_count, whole_network
 from privfed.transfer import LastLayers, LowRank
-from privfed.wire import RoundPlan
+
+from .house import round_plan
 
 SCHEMA = Schema(features=4, classes=2)
 HIDDEN = [6, 5]
@@ -331,19 +332,7 @@ def test_a_base_of_another_shape_is_named(tmp_path: Path) -> None:
 
 def test_a_site_opens_no_file_that_its_own_policy_does_not_trust(tmp_path: Path) -> None:
     config = weighted(tmp_path)
-    plan = RoundPlan(
-        run="r",
-        round=0,
-        attempt=0,
-        cohort=(0, 1, 2, 3),
-        threshold=3,
-        minimum_cohort=3,
-        colluders=1,
-        degree=None,
-        noise_multiplier=1.0,
-        config=config,
-        roster_version=1,
-    )
+    plan = round_plan(config)
     assert config.transfer.source_sha256 is not None
     with pytest.raises(PolicyRefusal, match=r"policy\.trusted"):
         check_policy(plan, Policy(), insecure=False)
