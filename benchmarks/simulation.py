@@ -12,7 +12,6 @@ FLOWER_PYTHON names the python of an environment that has 'flwr[simulation]==1.4
 processor clock.
 """
 
-import functools
 import importlib.util
 import json
 import os
@@ -43,19 +42,11 @@ from privfed.privacy.oracle.stacked import StackedNetwork
 SITES, RECORDS, STEPS, RATE, LR, CLASSES = 100, 100, 7, 1 / 7, 0.1, 10
 
 
-@functools.cache
-def _room(size: int) -> tuple[Tensor, np.ndarray]:
-    room = torch.empty(size)
-    return room, room.numpy()
-
-
 class TorchNoise(np.random.Generator):
     """The peers' normals: torch's own, float32."""
 
-    def standard_normal(self, *, out: np.ndarray) -> None:  # type: ignore[override]  # all that a door asks for
-        normals, as_array = _room(len(out))
-        normals.normal_()
-        out[:] = as_array
+    def standard_normal(self, *, out: np.ndarray, dtype: np.dtype[np.float32]) -> None:  # type: ignore[override]
+        torch.from_numpy(out).normal_()  # all that a door asks for
 
 
 OURS = {
@@ -161,7 +152,7 @@ def ours(study: Study, variant: str, device: str = "cpu") -> Callable[[], Tensor
         door = CohortDoor(network=together, sites=study.sites, settings=study.settings(), randomness=sources)
         theta = start.expand(len(study.sites), -1).contiguous()
         for _ in range(STEPS):
-            theta -= door.gradient(theta, door.draw()).mul_(LR)
+            theta.sub_(door.gradient(theta, door.draw()), alpha=LR)
         return theta.mean(0)
 
     return round_

@@ -90,15 +90,19 @@ def release_each(
     randomness: Sequence[np.random.Generator],
     dtype: torch.dtype,
 ) -> Tensor:
-    """``dtype`` [K, P]: `release` of row k of ``clipped_sums`` with generator k, bit for bit, before it is rounded."""
+    """``dtype`` [K, P]: `release` of row k of ``clipped_sums`` with generator k.
+
+    Sums in float64 get its bits, before they are rounded to ``dtype``. Sums in float32, which only simulations have,
+    get normals sampled and added in float32, as other simulators do: another stream of the same generator.
+    """
     sums, answers = clipped_sums.numpy(), torch.empty_like(clipped_sums, dtype=dtype)
     rows = answers.numpy()
     at_once = max(1, _IN_CACHE // max(1, sums.shape[1]))
-    room = np.empty((min(at_once, len(sums)), sums.shape[1]))
+    room = np.empty((min(at_once, len(sums)), sums.shape[1]), dtype=sums.dtype)
     for low in range(0, len(sums), at_once):
         sources, noise = randomness[low : low + at_once], room[: len(sums) - low]
         for row, source in zip(noise, sources, strict=True):
-            source.standard_normal(out=row)
+            source.standard_normal(out=row, dtype=room.dtype)
         noise *= noise_multiplier * max_grad_norm
         noise += sums[low : low + at_once]
         np.divide(noise, expected_batch_size, out=rows[low : low + at_once], casting="unsafe")

@@ -66,9 +66,10 @@ class CohortDoor:
         memory_bytes: what gradients may take at once: sites and records are worked on in blocks that keep to it.
 
     Guarantees:
-        Site k's answers are those of an `OpacusDoor` with the same records and generator: the same records drawn and
-        the same noise bit for bit, the same clipped sums up to rounding, the same `charges`. No site's answer depends
-        on another's records. All of it up to rounding, whose limits are those of `StackedNetwork`.
+        Site k's answers are those of an `OpacusDoor` with the same records and generator: the same records drawn and,
+        where the network is float64, the same noise bit for bit, the same clipped sums up to rounding, the same
+        `charges`. (A float32 network has noise of the same scale, sampled in float32.) No site's answer depends on
+        another's records. All of it up to rounding, whose limits are those of `StackedNetwork`.
     """
 
     def __init__(

@@ -129,7 +129,7 @@ class _Products(Leaf):
             shift = torch.bmm(factors.repeat_interleave(g.shape[2], 1).unsqueeze(1), g.flatten(1, 2)).squeeze(1)
         else:
             weighted = (g * factors[:, :, None, None]).flatten(1, 2)
-            sums, shift = torch.bmm(weighted.mT, u.flatten(1, 2)), weighted.sum(1)
+            sums, shift = torch.bmm(weighted.mT, u.flatten(1, 2)), _sum_of_rows(weighted)
         weight.copy_(self.as_weight(sums.view(self.pass_.sites, g.shape[3], u.shape[3])))
         if bias is not None:
             bias.copy_(shift)
@@ -345,6 +345,11 @@ def _square_norm(vectors: Tensor) -> Tensor:
     """‖v‖² along the last dimension."""
     norms: Tensor = torch.linalg.vector_norm(vectors, dim=-1)
     return norms.square_()
+
+
+def _sum_of_rows(matrices: Tensor) -> Tensor:
+    """[K, O] of [K, N, O]: as a product, which takes half the time of `sum` along a middle dimension."""
+    return torch.bmm(matrices.new_ones(1, 1, matrices.shape[1]).expand(len(matrices), -1, -1), matrices).squeeze(1)
 
 
 def _affine(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:

@@ -112,3 +112,20 @@ def test_the_noise_of_sites_is_uncorrelated_and_a_shared_seed_shows() -> None:
     shared = [*streams[:3], released(torch.zeros(d), keys[1]).numpy()]
     assert noise.correlation(shared) > 0.999
     assert noise.correlation([streams[0], -streams[0]]) > 0.999  # noise that cancels is as bad
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_every_simulated_site_has_the_whole_noise_and_its_own(dtype: torch.dtype) -> None:
+    sites, size = 5, 20_000
+    sources = [noise.generator(bytes([site]) * 32) for site in range(sites)]
+    answers = noise.release_each(
+        torch.zeros(sites, size, dtype=dtype),
+        noise_multiplier=3.0,
+        max_grad_norm=0.5,
+        expected_batch_size=10.0,
+        randomness=sources,
+        dtype=torch.float32,
+    )
+    normals = answers.double().numpy() / (3.0 * 0.5 / 10.0)
+    assert stats.kstest(normals.flatten(), "norm").pvalue > RARE
+    assert np.abs(np.corrcoef(normals) - np.eye(sites)).max() < 5 / np.sqrt(size)
