@@ -251,9 +251,10 @@ def _verdict(summary: Summary) -> str:
         some = "public sites" if summary.utility.status == STATUS["public-cohort"] else "sites"
         lines.append(f"{hurt:.0%} of {some} have a personalized model worse than their own local-only one")
     if (unseen := summary.utility.unseen) is not None and unseen.personalized.mean is not None:
+        some = f"{unseen.sites} site{'s' if unseen.sites != 1 else ''} that took no part"
         lines.append(
-            f"{unseen.sites} sites that took no part: {summary.utility.metric} {unseen.personalized.mean:.4f} after "
-            f"adapting the model to themselves, worst decile {unseen.personalized.worst_decile:.4f}"
+            f"{some}: {summary.utility.metric} {unseen.personalized.mean:.4f} after adapting the model to themselves, "
+            f"worst decile {unseen.personalized.worst_decile:.4f}"
         )
     if privacy.epsilon.max is not None:
         void = " VOID: the noise seed is known" if privacy.insecure_seed else ""

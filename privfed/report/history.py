@@ -123,6 +123,15 @@ class History:
             curves[site] = [math.nan if value is None else value for value in values]
         return curves
 
+    def unseen(self) -> list[SiteRow]:
+        """One row a site that was held out of training and only adapted the model, by name."""
+        latest: dict[str, SiteFigures] = {}
+        for line in self.rounds:
+            latest.update(line.unseen)
+        return [
+            SiteRow(name, figures, None, 0, 0, None, self.lower_is_better) for name, figures in sorted(latest.items())
+        ]
+
     def rows(self) -> list[SiteRow]:
         """One row a site, in the run's own order."""
         latest: dict[str, SiteFigures] = {}

@@ -10,6 +10,7 @@ import jinja2
 from privfed import __version__
 from privfed.privacy.events import PrivacyUnit
 
+from ..summary import UnseenSummary, UtilitySummary
 from . import figures, words
 from .figures import Plot
 from .history import MEASURES, History, SiteRow
@@ -99,7 +100,9 @@ def _content(history: History) -> Mapping[str, Any]:
         "joined": sum(row.contributed > 0 for row in rows),
         "aborted": [(line.round + 1, line.aborted) for line in history.rounds if line.aborted],
         "refusals": [(row.name, row.refusal) for row in rows if row.refusal],
-        "figures": _figures(history, rows),
+        "figures": _figures(history, rows, summary.utility),
+        "unseen": _figures(history, history.unseen(), summary.utility.unseen),
+        "unseen_rows": history.unseen(),
         "score_panels": _score_panels(history),
         "band": "lowest to the highest site" if figures.band_percentiles(len(rows))[0] == 0 else "middle 80 % of sites",
         "epsilon_plot": _epsilon_plot(history),
@@ -123,9 +126,11 @@ def _content(history: History) -> Mapping[str, Any]:
     }
 
 
-def _figures(history: History, rows: Sequence[SiteRow]) -> list[Figure]:
-    utility = history.summary.utility
-    lines = []
+def _figures(history: History, rows: Sequence[SiteRow], utility: UtilitySummary | UnseenSummary | None) -> list[Figure]:
+    """A line a model, over the sites of ``rows``, of which ``utility`` is the summary."""
+    lines: list[Figure] = []
+    if utility is None:
+        return lines
     for key in MEASURES:
         spread = getattr(utility, _SUMMARY_NAMES[key])
         hurt = utility.fraction_hurt if key == "personalized" else None

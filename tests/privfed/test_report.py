@@ -584,6 +584,18 @@ def test_figures_are_those_of_the_folder(run_folder: Path) -> None:
     assert "hospital-5" in words
 
 
+def test_sites_held_out_of_training_have_their_own_table(run_of: Callable[..., Path]) -> None:
+    folder = run_of(["evaluation.unseen_sites=['hospital-2']", "evaluation.unseen_records=12"])
+    line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    page = report.render(folder)
+    words = Outline(page).words
+    own = line["unseen"]["hospital-2"]
+    figures = " ".join(f"{own[key]:.3f}" for key in ("global_score", "personalized", "local_only"))
+    assert f"hospital-2 {own['records']} {figures}" in words
+    assert "1 site was held out" in words and "of which it used 12" in words
+    assert "took no part" not in Outline(report.render(run_of([]))).words
+
+
 def test_run_leaves_its_page(run_folder: Path) -> None:
     assert (run_folder / "report.html").read_text(encoding="utf-8") == report.render(run_folder)
 
