@@ -130,8 +130,8 @@ class Rows:
 
 def mean_of(values: Sequence[float]) -> str:
     if len(values) < 2:
-        return f"{statistics.fmean(values):.4f}"
-    return f"{statistics.fmean(values):.4f} ± {half_width(values):.4f}"
+        return f"{statistics.fmean(values):.3f}"
+    return f"{statistics.fmean(values):.3f} ± {half_width(values):.3f}"
 
 
 def half_width(values: Sequence[float]) -> float:
@@ -143,28 +143,31 @@ def add(report: Report, name: str, values: Sequence[float]) -> None:
 
 
 def table(federation: Federation, rows: Mapping[str, Sequence[Row]]) -> str:
-    """Markdown: a line a method; figures are means over seeds, ± where it is the mean over sites."""
-    plain, alone = rows[BEFORE], rows.get("local")
+    """Markdown, as it stands in docs/methods.md: a line a method, the best first; means over seeds, ± over seeds."""
+    plain, tuned, alone = rows[BEFORE], rows["fedavg"], rows.get("local")
+    columns = ("mean", "worst", "weighted", "below common", "below alone", "− `fedavg`, fine-tuned")
     lines = [
         f"**{federation.name}**, {federation.rounds} rounds, {len(plain)} seeds",
         "",
-        "| | mean over sites | weighted | sd | worst decile | worse than FedAvg | worse than local |",
-        "|---|---|---|---|---|---|---|",
+        f"| | {' | '.join(columns)} |",
+        "|" + "---|" * (1 + len(columns)),
     ]
-    for label, seeds in rows.items():
+    for label, seeds in sorted(rows.items(), key=lambda item: -statistics.fmean(means(item[1]))):
         over = [spread(list(row.after.values()), [row.weights[site] for site in row.after]) for row in seeds]
         found = [one for one in over if one is not None]
         hurt = [fraction_hurt(row.after, other.before) for row, other in zip(seeds, plain, strict=True)]
         worse = (
             [fraction_hurt(row.after, other.after) for row, other in zip(seeds, alone, strict=True)] if alone else []
         )
+        gap = paired(means(seeds), means(tuned))
         cells = [
             mean_of([one.mean for one in found]),
             *(
                 f"{statistics.fmean(getattr(one, key) for one in found):.3f}"
-                for key in ("weighted_mean", "sd", "worst_decile")
+                for key in ("worst_decile", "weighted_mean")
             ),
             *(f"{statistics.fmean(h or 0.0 for h in some):.0%}" if some else "–" for some in (hurt, worse)),
+            "" if label == "fedavg" else f"{gap.mean:+.3f} ± {gap.half_width:.3f}".replace("-", "−"),
         ]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
