@@ -12,6 +12,7 @@ from privfed.summary import UnseenSummary, UtilitySummary
 from . import compose, verdicts, words
 from .evidence import BookEvidence, Evidence, RunEvidence, Statement, gather
 from .model import About, Accounting, AuditReport, Composition, Curves, Fact, Figure, Verification
+from .rules.bounds import budget_of
 
 
 def build(
@@ -53,7 +54,7 @@ def assemble(evidence: Evidence, accountant: Accountant) -> AuditReport:
     charges = [charge for account in accounts if account.site == top for charge in account.charges]
     second = compose.second_opinions(charges, evidence.delta, accountant)
     findings = verdicts.judge(evidence, accounts, spent, second, accountant)
-    budget = verdicts.budget_of(evidence)
+    budget = budget_of(evidence)
     runs = compose.run_lines(evidence)
     audits = evidence.audits
     broken = {finding.verdict for finding in findings} & {"UNSOUND-CLAIM", "AUDIT-VIOLATION"}

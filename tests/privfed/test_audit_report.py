@@ -22,7 +22,8 @@ import privfed
 from privfed import audit_report, auditing, summary
 from privfed.audit_report import compose, figures, formats, verdicts, words
 from privfed.audit_report.evidence import Evidence, RunEvidence, Statement, gather, read_statement
-from privfed.audit_report.model import AuditReport, AuditResult, Finding, Opinion
+from privfed.audit_report.model import ORDER, AuditReport, AuditResult, Finding, Opinion
+from privfed.audit_report.rules import bounds, claim, conduct, releases
 from privfed.cli.app import app
 from privfed.errors import ConfigError, RunChanged, RunFolderError
 from privfed.privacy.accountant import Accountant
@@ -142,8 +143,8 @@ def with_config(run: RunEvidence, section: str, **changes: Any) -> RunEvidence:
 
 
 def test_verdict_is_the_gravest(good: Path) -> None:
-    found = [Finding(rule="r", verdict=verdict, reason="") for verdict in verdicts.ORDER]
-    for number, verdict in enumerate(verdicts.ORDER):
+    found = [Finding(rule="r", verdict=verdict, reason="") for verdict in ORDER]
+    for number, verdict in enumerate(ORDER):
         assert verdicts.overall(found[number:]) == verdict
     assert verdicts.overall([]) == "INCONCLUSIVE"
 
@@ -193,10 +194,10 @@ def test_budget_is_held_against_every_site(good: Path, keys: Path) -> None:
     assert report.verdict == found.verdict == "BUDGET-EXCEEDED"
     assert [text.partition(":")[0] for text in found.evidence[1:5]] == [f"hospital-{number}" for number in range(1, 5)]
     assert report.claim.budget == 0.5
-    assert verdicts.budget_is_kept(None, {"a": 1.0}).verdict == "INCONCLUSIVE"
-    budget = verdicts.Budget(1.0, DELTA, "test")
-    assert verdicts.budget_is_kept(budget, {"a": 1.0, "b": 0.5}).verdict == "CLAIM-SUPPORTED"
-    assert verdicts.budget_is_kept(budget, {"a": math.inf}).verdict == "BUDGET-EXCEEDED"
+    assert bounds.budget_is_kept(None, {"a": 1.0}).verdict == "INCONCLUSIVE"
+    budget = bounds.Budget(1.0, DELTA, "test")
+    assert bounds.budget_is_kept(budget, {"a": 1.0, "b": 0.5}).verdict == "CLAIM-SUPPORTED"
+    assert bounds.budget_is_kept(budget, {"a": math.inf}).verdict == "BUDGET-EXCEEDED"
 
 
 @pytest.mark.parametrize(
@@ -300,8 +301,8 @@ def test_baseline_that_was_changed_is_unsound(good: Path, local: Path, keys: Pat
 
 def test_attack_at_a_smaller_delta_does_not_refute_the_report() -> None:
     strong = result(claimed_epsilon=60.0, epsilon_lower=50.0, delta=1e-7)
-    assert not verdicts._violates(strong, 40.0, DELTA)  # (40, 1e-5) may go with (55, 1e-7)
-    assert verdicts._violates(msgspec.structs.replace(strong, delta=1e-4), 40.0, DELTA)
+    assert not bounds._violates(strong, 40.0, DELTA)  # (40, 1e-5) may go with (55, 1e-7)
+    assert bounds._violates(msgspec.structs.replace(strong, delta=1e-4), 40.0, DELTA)
 
 
 # A ledger that is not what was written
@@ -348,13 +349,13 @@ def test_noise_that_was_not_configured_is_unsound(local: Path) -> None:
     (run,) = read(local).runs
     lines = lines_of(read(local))
     weaker = dataclasses.replace(run, facts=msgspec.structs.replace(run.facts, noise_multiplier=3.9))
-    found = verdicts.booked_as_configured(lines, [weaker])
+    found = conduct.booked_as_configured(lines, [weaker])
     assert found is not None and found.verdict == "UNSOUND-CLAIM"
     assert "noise multiplier 4 booked, 3.9 configured" in found.evidence[0]
     larger = with_config(run, "privacy", sample_rate=0.9)
-    found = verdicts.booked_as_configured(lines, [larger])
+    found = conduct.booked_as_configured(lines, [larger])
     assert found is not None and "sample rate 0.5 booked, 0.9 configured" in found.evidence[0]
-    assert verdicts.booked_as_configured(lines, []) is None
+    assert conduct.booked_as_configured(lines, []) is None
 
 
 def test_more_shares_than_sites_is_unsound(shared: Path) -> None:
@@ -362,14 +363,14 @@ def test_more_shares_than_sites_is_unsound(shared: Path) -> None:
     (run,) = evidence.runs
     rounds = tuple(msgspec.structs.replace(r, contributed=r.contributed[:4]) for r in run.history.rounds)
     fewer = dataclasses.replace(run, history=dataclasses.replace(run.history, rounds=rounds))
-    found = verdicts.booked_as_configured(lines_of(evidence), [fewer])
+    found = conduct.booked_as_configured(lines_of(evidence), [fewer])
     assert found is not None and "5 shares of noise booked, 4 sites in the sum" in found.evidence[0]
 
 
 def test_contribution_without_an_entry_is_unsound(local: Path) -> None:
     evidence = read(local)
     lines = [entry for entry in lines_of(evidence) if (entry.entry.site, entry.entry.round) != ("hospital-3", 1)]
-    found = verdicts.contributions_are_booked(lines, evidence.runs)
+    found = conduct.contributions_are_booked(lines, evidence.runs)
     assert found is not None and found.verdict == "UNSOUND-CLAIM" and found.evidence[0].startswith("hospital-3, run ")
 
 
@@ -383,25 +384,25 @@ def test_summary_that_says_less_is_unsound(local: Path, tmp_path: Path) -> None:
 
 
 def test_amplification_by_an_exposed_cohort_is_unsound() -> None:
-    found = verdicts.amplification_is_earned([line(PoissonGaussian(0.1, 1.0), unit="client", noise="central")])
+    found = claim.amplification_is_earned([line(PoissonGaussian(0.1, 1.0), unit="client", noise="central")])
     assert found is not None and found.verdict == "UNSOUND-CLAIM" and "exposed" in found.reason
-    assert verdicts.amplification_is_earned([line(PoissonGaussian(0.1, 1.0))]) is None
-    assert verdicts.amplification_is_earned([line(Gaussian(1.0), unit="client", noise="central")]) is None
+    assert claim.amplification_is_earned([line(PoissonGaussian(0.1, 1.0))]) is None
+    assert claim.amplification_is_earned([line(Gaussian(1.0), unit="client", noise="central")]) is None
 
 
 @pytest.mark.parametrize(("unit", "noise"), [("record", "central"), ("client", "local"), ("patient", "central")])
 def test_combination_without_a_guarantee_is_unsound(unit: str, noise: str) -> None:
-    found = verdicts.combination_has_a_guarantee([line(Gaussian(1.0), unit=unit, noise=noise)])
+    found = claim.combination_has_a_guarantee([line(Gaussian(1.0), unit=unit, noise=noise)])
     assert found is not None and found.verdict == "UNSOUND-CLAIM" and found.evidence[0].startswith("a, entry 1")
-    assert verdicts.combination_has_a_guarantee([line(Gaussian(1.0))]) is None
+    assert claim.combination_has_a_guarantee([line(Gaussian(1.0))]) is None
 
 
 def test_shares_of_noise_without_a_secure_sum_are_unsound(shared: Path) -> None:
     evidence = read(shared)
     plain = with_config(evidence.runs[0], "aggregation", kind="plain")
-    found = verdicts.secure_sum_stood(lines_of(evidence), [plain])
+    found = conduct.secure_sum_stood(lines_of(evidence), [plain])
     assert found is not None and found.verdict == "UNSOUND-CLAIM"
-    assert verdicts.secure_sum_stood(lines_of(evidence), evidence.runs) is None
+    assert conduct.secure_sum_stood(lines_of(evidence), evidence.runs) is None
 
 
 def test_exact_figures_are_never_supported(local: Path) -> None:
@@ -412,7 +413,7 @@ def test_exact_figures_are_never_supported(local: Path) -> None:
         ({"release": "private"}, Statement(), "UNSOUND-CLAIM"),
         ({"release": "public-cohort", "public_sites": ("hospital-1",)}, Statement(), "UNSOUND-CLAIM"),
     ):
-        found = verdicts.figures_are_covered([with_config(run, "evaluation", **changes)], statement)
+        found = releases.figures_are_covered([with_config(run, "evaluation", **changes)], statement)
         assert found is not None and found.verdict == verdict, (changes, statement)
 
 
@@ -432,16 +433,16 @@ def test_figures_of_sites_held_out_of_training_are_exact_too(local: Path) -> Non
     (run,) = read(local).runs
     rounds = tuple(msgspec.structs.replace(one, unseen=one.sites, sites={}) for one in run.history.rounds)
     unseen = dataclasses.replace(run, history=dataclasses.replace(run.history, rounds=rounds))
-    found = verdicts.figures_are_covered([unseen], Statement())
+    found = releases.figures_are_covered([unseen], Statement())
     assert found is not None and found.verdict == "INCONCLUSIVE"
-    found = verdicts.figures_are_covered([with_config(unseen, "evaluation", release="private")], Statement())
+    found = releases.figures_are_covered([with_config(unseen, "evaluation", release="private")], Statement())
     assert found is not None and found.verdict == "UNSOUND-CLAIM"
 
 
 def test_large_delta_is_unsound(good: Path, keys: Path) -> None:
     report = build(good, keys=keys, delta=0.01)
     assert report.verdict == "UNSOUND-CLAIM" and finding(report, "δ is small").verdict == "UNSOUND-CLAIM"
-    assert verdicts.delta_is_small(1e-3) is None
+    assert claim.delta_is_small(1e-3) is None
 
 
 def test_keys_of_some_sites_support_no_claim(good: Path, keys: Path) -> None:
@@ -457,7 +458,7 @@ def test_accountants_must_agree() -> None:
     def opinion(name: str, value: float | None) -> Opinion:
         return Opinion(accountant=name, epsilon=value, tolerance=0.0, note="why")
 
-    judged: Callable[..., Finding] = verdicts.accountants_agree
+    judged: Callable[..., Finding] = bounds.accountants_agree
     assert judged(2.0, [opinion("PLD, x", 2.001), opinion("RDP, y", 2.3)]).verdict == "CLAIM-SUPPORTED"
     assert judged(1.9, [opinion("PLD, x", 2.001), opinion("RDP, y", 2.3)]).verdict == "UNSOUND-CLAIM"
     assert judged(2.0, [opinion("RDP, privfed", 2.0), opinion("PLD, x", None)]).verdict == "INCONCLUSIVE"
@@ -471,7 +472,7 @@ def test_units_that_do_not_compose_have_no_bound(tmp_path: Path) -> None:
         site="a", dataset="00", audience="federation", lines=(line(Gaussian(5.0)), line(Gaussian(5.0), unit="patient")),
         charges=(Charge(Gaussian(5.0), 2),), cost=ACCOUNTANT.epsilon([Charge(Gaussian(5.0), 2)], DELTA),
     )  # fmt: skip
-    found = verdicts.one_unit_is_claimed([account])
+    found = claim.one_unit_is_claimed([account])
     assert found is not None and found.verdict == "UNSOUND-CLAIM"
     assert math.isinf(compose.totals([account], DELTA, ACCOUNTANT)["a"].value)
 
