@@ -9,10 +9,15 @@ from privfed.privacy.accountant import Accountant
 from privfed.report.words import metric_name
 from privfed.summary import UnseenSummary, UtilitySummary
 
-from . import compose, verdicts, words
+from . import verdicts, words
+from .accounts import accounts_of, bounded, run_lines, site_losses, totals
+from .curves import accuracy_points, delta_curve, epsilon_curves, noise_rounds
+from .events import event_groups
 from .evidence import BookEvidence, Evidence, RunEvidence, Statement, gather
+from .exposures import adversary_lines, thresholds
 from .model import About, Accounting, AuditReport, Composition, Curves, Fact, Figure, Verification
 from .rules.bounds import budget_of
+from .second_opinion import second_opinions, versions
 
 
 def build(
@@ -47,15 +52,15 @@ def build(
 
 def assemble(evidence: Evidence, accountant: Accountant) -> AuditReport:
     """The report on what was read."""
-    accounts = compose.accounts(evidence, accountant)
-    spent = compose.totals(accounts, evidence.delta, accountant)
+    accounts = accounts_of(evidence, accountant)
+    spent = totals(accounts, evidence.delta, accountant)
     top = max(spent, key=lambda site: spent[site].value, default=None)
     cost = spent[top] if top is not None else accountant.epsilon((), evidence.delta)
     charges = [charge for account in accounts if account.site == top for charge in account.charges]
-    second = compose.second_opinions(charges, evidence.delta, accountant)
+    second = second_opinions(charges, evidence.delta, accountant)
     findings = verdicts.judge(evidence, accounts, spent, second, accountant)
     budget = budget_of(evidence)
-    runs = compose.run_lines(evidence)
+    runs = run_lines(evidence)
     audits = evidence.audits
     broken = {finding.verdict for finding in findings} & {"UNSOUND-CLAIM", "AUDIT-VIOLATION"}
     return AuditReport(
@@ -66,20 +71,20 @@ def assemble(evidence: Evidence, accountant: Accountant) -> AuditReport:
         claim=words.claim(
             evidence,
             accounts,
-            epsilon=compose.bounded(cost.value) if accounts else None,
+            epsilon=bounded(cost.value) if accounts else None,
             void=bool(broken),
             budget=(budget.epsilon, budget.delta) if budget else None,
         ),
         scope=words.scope(evidence),
         composition=Composition(rule=words.RULE, ledgers=tuple(book.name for book in evidence.books), runs=runs),
-        sites=compose.site_losses(accounts),
-        adversaries=compose.adversary_lines(evidence, accounts, accountant),
-        thresholds=compose.thresholds(evidence),
+        sites=site_losses(accounts),
+        adversaries=adversary_lines(evidence, accounts, accountant),
+        thresholds=thresholds(evidence),
         mechanism=words.mechanism(evidence, accounts),
-        events=compose.event_groups(accounts),
+        events=event_groups(accounts),
         accounting=Accounting(
             accountant=cost.accountant,
-            versions=tuple(Fact(term=name, value=number) for name, number in compose.versions().items()),
+            versions=tuple(Fact(term=name, value=number) for name, number in versions().items()),
             tolerance=cost.tolerance,
             notes=cost.notes,
             second=second,
@@ -93,12 +98,12 @@ def assemble(evidence: Evidence, accountant: Accountant) -> AuditReport:
         hazards=words.hazards(evidence),
         non_claims=words.NON_CLAIMS,
         curves=Curves(
-            epsilon=compose.epsilon_curves(evidence, accounts, accountant),
-            accuracy=compose.accuracy_points([run for run in evidence.runs if run.private]),
+            epsilon=epsilon_curves(evidence, accounts, accountant),
+            accuracy=accuracy_points([run for run in evidence.runs if run.private]),
             metric=next((metric_name(run.history.summary.utility.metric) for run in evidence.runs), ""),
             lower_is_better=any(run.history.lower_is_better for run in evidence.runs),
-            delta=compose.delta_curve(charges, accountant) if charges and math.isfinite(cost.value) else (),
-            noise=compose.noise_rounds(accounts),
+            delta=delta_curve(charges, accountant) if charges and math.isfinite(cost.value) else (),
+            noise=noise_rounds(accounts),
         ),
     )
 

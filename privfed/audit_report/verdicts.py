@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from privfed.privacy.accountant import Accountant, Epsilon
 
-from .compose import Account, totals
+from .accounts import Account, totals
 from .evidence import Evidence
 from .model import ORDER, Finding, Opinion, Verdict
 from .rules import bounds, claim, conduct, record, releases

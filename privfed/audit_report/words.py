@@ -7,7 +7,7 @@ from privfed.report import words as run_words
 from privfed.simulation.together import FEW
 from privfed.summary import sampling
 
-from .compose import Account, multiplier
+from .accounts import Account, multiplier
 from .evidence import Evidence, RunEvidence
 from .model import AuditResult, Claim, Execution, Fact, Lineage, Mechanism, RunLine, Scope, Verdict
 

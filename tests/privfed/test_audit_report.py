@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import privfed
 from privfed import audit_report, auditing, summary
-from privfed.audit_report import compose, figures, formats, verdicts, words
+from privfed.audit_report import accounts, figures, formats, second_opinion, verdicts, words
 from privfed.audit_report.evidence import Evidence, RunEvidence, Statement, gather, read_statement
 from privfed.audit_report.model import ORDER, AuditReport, AuditResult, Finding, Opinion
 from privfed.audit_report.rules import bounds, claim, conduct, releases
@@ -467,14 +467,14 @@ def test_accountants_must_agree() -> None:
 
 
 def test_units_that_do_not_compose_have_no_bound(tmp_path: Path) -> None:
-    account = compose.Account(
+    account = accounts.Account(
         book=None,  # type: ignore[arg-type]  # not asked
         site="a", dataset="00", audience="federation", lines=(line(Gaussian(5.0)), line(Gaussian(5.0), unit="patient")),
         charges=(Charge(Gaussian(5.0), 2),), cost=ACCOUNTANT.epsilon([Charge(Gaussian(5.0), 2)], DELTA),
     )  # fmt: skip
     found = claim.one_unit_is_claimed([account])
     assert found is not None and found.verdict == "UNSOUND-CLAIM"
-    assert math.isinf(compose.totals([account], DELTA, ACCOUNTANT)["a"].value)
+    assert math.isinf(accounts.totals([account], DELTA, ACCOUNTANT)["a"].value)
 
 
 # The numbers
@@ -560,22 +560,22 @@ def test_curves_end_at_the_claim(local: Path, shared: Path) -> None:
 def test_second_accountant_on_shares_of_noise_agrees() -> None:
     event = Skellam(share_variance=2_196_608, shares=5, colluders=2, dim=64, l2_squared=652_864, l1=6464)
     for charges in ([Charge(event, 10)], [Charge(event, 10), Charge(Gaussian(5.0), 3)]):
-        theirs, ours, near = compose.second_opinions(charges, DELTA, ACCOUNTANT)
+        theirs, ours, near = second_opinion.second_opinions(charges, DELTA, ACCOUNTANT)
         # The same bound over other orders: equal but for the grid of orders
         assert theirs.epsilon == pytest.approx(ours.epsilon, rel=0.01)
         assert near.epsilon is None and "small a variance" in near.note
     fine = msgspec.structs.replace(event, share_variance=2_196_608 * 10**4, l2_squared=652_864 * 10**4)
     for charges in ([Charge(fine, 10)], [Charge(fine, 10), Charge(Gaussian(5.0), 3)]):
-        _, ours, near = compose.second_opinions(charges, DELTA, ACCOUNTANT)
+        _, ours, near = second_opinion.second_opinions(charges, DELTA, ACCOUNTANT)
         reported = ACCOUNTANT.epsilon(charges, DELTA).value
         assert near.epsilon == pytest.approx(reported, rel=1e-3) and reported < 0.95 * (ours.epsilon or 0)
     # Of two parts, the dearer one is what everybody is asked about
     parts = [Charge(fine, 10, "s/train"), Charge(fine, 2, "s/test")]
-    assert compose.second_opinions(parts, DELTA, ACCOUNTANT)[2].epsilon == pytest.approx(
-        compose.second_opinions(parts[:1], DELTA, ACCOUNTANT)[2].epsilon
+    assert second_opinion.second_opinions(parts, DELTA, ACCOUNTANT)[2].epsilon == pytest.approx(
+        second_opinion.second_opinions(parts[:1], DELTA, ACCOUNTANT)[2].epsilon
     )
     sampled = msgspec.structs.replace(event, sample_rate=0.5)
-    assert compose.second_opinions([Charge(sampled)], DELTA, ACCOUNTANT)[0].epsilon is None
+    assert second_opinion.second_opinions([Charge(sampled)], DELTA, ACCOUNTANT)[0].epsilon is None
 
 
 def test_trade_off_is_that_of_the_pairs() -> None:

@@ -7,7 +7,7 @@ from privfed.privacy.errors import NoGuarantee
 from privfed.privacy.events import PoissonGaussian, PrivacyUnit, Skellam, is_noiseless
 from privfed.privacy.ledger import Recorded
 
-from ..compose import Account
+from ..accounts import Account
 from ..evidence import RunEvidence
 from ..model import Finding
 from .finding import SUPPORTED, UNDECIDED, UNSOUND, finding, named

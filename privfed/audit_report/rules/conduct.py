@@ -8,8 +8,9 @@ from privfed.privacy.events import NoiseSite, PoissonGaussian, Skellam
 from privfed.privacy.ledger import Recorded
 from privfed.verification import Spends
 
-from ..compose import Account, deployment_in
+from ..accounts import Account
 from ..evidence import RunEvidence, base_run
+from ..exposures import deployment_in
 from ..model import Finding
 from .finding import AGREES, ROUNDING, SUPPORTED, UNDECIDED, UNSOUND, finding, named
 
