@@ -4,7 +4,7 @@ Every key has its type, its range and one sentence in its annotation; the error 
 ``privfed run --print-config`` are made from these.
 """
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 import msgspec
 from msgspec import Meta
@@ -258,6 +258,24 @@ class Policy(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         Annotated[float, Meta(gt=0)] | None,
         Meta(description="largest ε a site ever spends on its records; default privacy.target_epsilon"),
     ] = None
+    max_epsilon_per_run: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="largest ε that one run spends on them; default what max_epsilon leaves"),
+    ] = None
+    minimum_noise_multiplier: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="smallest noise_multiplier of whatever a run releases; default what its ε needs"),
+    ] = None
+    methods: Annotated[
+        tuple[str, ...] | None, Meta(description="the only method.name that a site takes part in; default all")
+    ] = None
+    models: Annotated[
+        tuple[str, ...] | None, Meta(description="the only model.name that a site trains; default all")
+    ] = None
+    hours: Annotated[
+        Annotated[str, Meta(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")] | None,
+        Meta(description='a site\'s local hours in which it begins rounds, "20:00-06:00"; default all'),
+    ] = None
     max_parameters: Annotated[int, Meta(ge=1, description="largest model a site builds")] = 50_000_000
     delta: Annotated[float, Meta(gt=0, lt=1, description="δ at which max_epsilon is meant")] = 1e-5
     release_figures: Annotated[
@@ -281,6 +299,13 @@ class Policy(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     ] = ()
     require_privacy: Annotated[bool, Meta(description="refuse runs without a differential-privacy claim")] = False
     require_secure_aggregation: Annotated[bool, Meta(description="refuse plain aggregation")] = False
+
+    def __post_init__(self) -> None:
+        for key, union in (("methods", Method), ("models", Network)):
+            known = [str(kind.__struct_config__.tag) for kind in get_args(union)]
+            for name in getattr(self, key) or ():
+                if name not in known:
+                    raise ValueError(f"policy.{key}: there is no {name!r}; there are {', '.join(known)}")
 
 
 Data = BreastCancer | Table | Arrays

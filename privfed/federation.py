@@ -135,6 +135,7 @@ class Federation:
             same; default none beyond a round.
         done: the rounds before, where an interrupted run goes on.
         retired: sites that left it before, with their reasons.
+        on_step: told of each message to sites, before it goes out: round, step, names.
         clock: monotonic seconds, for the report alone.
     """
 
@@ -154,12 +155,13 @@ class Federation:
         server_key: bytes | None = None,
         journal: Journal | None = None,
         retired: Mapping[str, str] | None = None,
+        on_step: Callable[[int, str, Sequence[str]], None] = lambda round, step, sites: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config, self.run, self.state, self.next_round = config, run, state, len(done)
         self._roster, self._engine, self._noise_multiplier, self._clock = roster, engine, noise_multiplier, clock
         self._side_noise, self._schema = side_noise, schema
-        self._spending, self._done = spending, list(done)
+        self._spending, self._done, self._on_step = spending, list(done), on_step
         self._names = {index: member.name for index, member in enumerate(roster.members)}
         self.retired = dict(retired or {})
         self._server_key = server_key or noise.new_key()
@@ -392,6 +394,8 @@ class Federation:
     def _ask(self, messages: Mapping[int, wire.Request], tally: _Tally) -> dict[int, wire.Reply]:
         """The sites' replies, by index. A refusal is noted; a reply that is none of ours counts as no reply."""
         requests = {self._names[index]: wire.encode(message) for index, message in messages.items()}
+        for message in list(messages.values())[:1]:  # all are of one step
+            self._on_step(message.round, message.step, tuple(requests))
         raw = self._engine.exchange(requests, self.config.simulation.deadline_seconds)
         replies: dict[int, wire.Reply] = {}
         for index in messages:

@@ -1,8 +1,10 @@
 """What a site demands, whatever a coordinator asks for."""
 
+from datetime import datetime, time
+
 from privfed.privacy.events import NoiseSite, PrivacyUnit
 
-from .config import Policy
+from .config import Config, Policy
 from .errors import PrivfedError
 from .terms import claimed_colluders, cohort_in, opened, shares_noise
 from .wire import RoundPlan
@@ -10,6 +12,25 @@ from .wire import RoundPlan
 
 class PolicyRefusal(PrivfedError):
     """The plan asks for less protection than the site's own policy demands."""
+
+
+class OutsideHours(PolicyRefusal):
+    """Not now. The same plan may come again in the hours that the site's policy names."""
+
+
+def check_hours(policy: Policy, now: datetime) -> None:
+    """Return if the site begins rounds at ``now``, its local time.
+
+    Raises:
+        OutsideHours: names the line, and what time it is here.
+    """
+    if policy.hours is None:
+        return
+    begin, end = map(time.fromisoformat, policy.hours.split("-"))
+    at = now.time()
+    open_now = begin <= at < end if begin < end else at >= begin or at < end  # the same twice: all day
+    if not open_now:
+        raise OutsideHours(f"policy.hours = {policy.hours}, here it is {at:%H:%M}")
 
 
 def check_policy(plan: RoundPlan, policy: Policy, *, insecure: bool) -> None:
@@ -35,36 +56,17 @@ def check_policy(plan: RoundPlan, policy: Policy, *, insecure: bool) -> None:
     if config.privacy.unit is PrivacyUnit.NONE and config.method.sends:
         if policy.require_privacy:
             raise PolicyRefusal("policy.require_privacy = true, the plan has privacy.unit = 'none'")
-        if policy.max_epsilon is not None:
-            raise PolicyRefusal(f"policy.max_epsilon = {policy.max_epsilon:g}, the plan has privacy.unit = 'none'")
+        for line in ("max_epsilon", "max_epsilon_per_run", "minimum_noise_multiplier"):
+            if (limit := getattr(policy, line)) is not None:
+                raise PolicyRefusal(f"policy.{line} = {limit:g}, the plan has privacy.unit = 'none'")
     if policy.require_secure_aggregation and not secure:
         raise PolicyRefusal("policy.require_secure_aggregation = true, the plan has aggregation.kind = 'plain'")
-    for name in opened(config):
-        if name not in policy.trusted:
-            raise PolicyRefusal(f"the plan names {name!r}, which policy.trusted of this site does not list")
+    _check_names(config, policy)
     if config.privacy.delta > policy.max_delta:
         raise PolicyRefusal(f"policy.max_delta = {policy.max_delta:g}, the plan has delta = {config.privacy.delta:g}")
     if config.privacy.insecure_seed is not None and not insecure:
         raise PolicyRefusal("the plan has privacy.insecure_seed, but this site's noise comes from the system source")
-    if (plan.clip is None) != (config.privacy.clip == "fixed"):
-        raise PolicyRefusal(f"the plan has clip = {plan.clip}, its configuration clip = {config.privacy.clip!r}")
-    fixed = config.privacy.noise_multiplier
-    if config.privacy.unit is not PrivacyUnit.NONE and config.method.sends:
-        if plan.noise_multiplier == 0 or (fixed is not None and plan.noise_multiplier != fixed):
-            raise PolicyRefusal(
-                f"the plan has noise_multiplier = {plan.noise_multiplier:g}, which is not what its configuration claims"
-            )
-        if config.privacy.noise is NoiseSite.CENTRAL and policy.refuse_central_noise:
-            raise PolicyRefusal("policy.refuse_central_noise = true, the plan has privacy.noise = 'central'")
-        if shares_noise(config):
-            covered = {"noise covers": claimed_colluders(config, cohort_in(plan))}
-            if config.aggregation.kind == "masked":
-                covered["masks cover"] = plan.colluders
-            for what, colluders in covered.items():
-                if colluders < policy.minimum_colluders:
-                    raise PolicyRefusal(
-                        f"policy.minimum_colluders = {policy.minimum_colluders}, the plan's {what} {colluders}"
-                    )
+    _check_noise(plan, policy)
     if (
         summed
         and config.aggregation.kind == "masked"
@@ -76,3 +78,49 @@ def check_policy(plan: RoundPlan, policy: Policy, *, insecure: bool) -> None:
             f"threshold must be above (cohort + colluders) / 2 = {(n + plan.colluders) / 2:g}, the plan has "
             f"{plan.threshold}"
         )
+
+
+def _check_names(config: Config, policy: Policy) -> None:
+    """Return if the plan names nothing that the site's policy does not know."""
+    for line, asked in (("methods", config.method), ("models", config.model)):
+        allowed, name = getattr(policy, line), str(type(asked).__struct_config__.tag)
+        if allowed is not None and name not in allowed:
+            raise PolicyRefusal(f"policy.{line} = {', '.join(allowed) or 'none'}, the plan has {name!r}")
+    for name in opened(config):
+        if name not in policy.trusted:
+            raise PolicyRefusal(f"the plan names {name!r}, which policy.trusted of this site does not list")
+
+
+def _check_noise(plan: RoundPlan, policy: Policy) -> None:
+    """Return if what the plan releases has the noise that its configuration claims and that the policy demands."""
+    config = plan.config
+    if (plan.clip is None) != (config.privacy.clip == "fixed"):
+        raise PolicyRefusal(f"the plan has clip = {plan.clip}, its configuration clip = {config.privacy.clip!r}")
+    fixed = config.privacy.noise_multiplier
+    if config.privacy.unit is not PrivacyUnit.NONE and config.method.sends:
+        if plan.noise_multiplier == 0 or (fixed is not None and plan.noise_multiplier != fixed):
+            raise PolicyRefusal(
+                f"the plan has noise_multiplier = {plan.noise_multiplier:g}, which is not what its configuration claims"
+            )
+        least, target = policy.minimum_noise_multiplier, config.privacy.target_epsilon
+        for what, given in (
+            ("noise_multiplier", plan.noise_multiplier),
+            ("noise on figures", plan.side_noise.figures),
+            ("noise on moments of the inputs", plan.side_noise.inputs),
+        ):
+            if least is not None and 0 < given < least:
+                raise PolicyRefusal(f"policy.minimum_noise_multiplier = {least:g}, the plan has {what} = {given:g}")
+        most = policy.max_epsilon_per_run
+        if most is not None and fixed is None and target > most * (1 + 1e-6):
+            raise PolicyRefusal(f"policy.max_epsilon_per_run = {most:g}, the plan has target_epsilon = {target:g}")
+        if config.privacy.noise is NoiseSite.CENTRAL and policy.refuse_central_noise:
+            raise PolicyRefusal("policy.refuse_central_noise = true, the plan has privacy.noise = 'central'")
+        if shares_noise(config):
+            covered = {"noise covers": claimed_colluders(config, cohort_in(plan))}
+            if config.aggregation.kind == "masked":
+                covered["masks cover"] = plan.colluders
+            for what, colluders in covered.items():
+                if colluders < policy.minimum_colluders:
+                    raise PolicyRefusal(
+                        f"policy.minimum_colluders = {policy.minimum_colluders}, the plan's {what} {colluders}"
+                    )

@@ -48,7 +48,7 @@ from .data.records import SiteData
 from .doors import Network, Split, check_units, few, local_door, split
 from .errors import LedgerKeyError, PrivfedError
 from .methods import Local, State
-from .policy import PolicyRefusal, check_policy
+from .policy import OutsideHours, PolicyRefusal, check_hours, check_policy
 from .schedule import check_schedule, keeps_pace
 from .seals import seal
 from .standardisation import DEVIATION, MEAN, check_standardisation, inputs_range, unit_means
@@ -236,7 +236,7 @@ class Site:
                 case wire.Evaluate() as evaluate:
                     reply = self._evaluate(evaluate)
         except PolicyRefusal as error:
-            reply = wire.Refusal("policy", str(error), final=True)
+            reply = wire.Refusal("policy", str(error), final=not isinstance(error, OutsideHours))
         except BudgetExhausted as error:
             reason = f"{error} (its limit is policy.max_epsilon, else privacy.target_epsilon)"
             reply = wire.Refusal("budget", reason, final=True)
@@ -300,8 +300,9 @@ class Site:
         context = wire.context(message.plan, message.state)
         current = _Round(plan, message.purpose, context, self._encoding(plan, state, message.purpose))
         if config.privacy.unit is not PrivacyUnit.NONE and not self._charged(current):
-            prior = self._ledger.charges(self.name, self._dataset)
-            self._afford(config, prior, self._planned(current))
+            prior, planned = self._ledger.charges(self.name, self._dataset), self._planned(current)
+            self._afford(config, prior, planned)
+            self._afford_in_run(current, planned)
             if message.purpose == "update":
                 self._keep_pace(plan)
         session = session_of(plan, context, current.encoding, message.purpose)
@@ -449,6 +450,8 @@ class Site:
         entry = self._entry(current, charges)
         claimed = config.privacy.unit is not PrivacyUnit.NONE
         check = (lambda prior, new: self._afford(config, prior, new)) if claimed else None
+        if claimed:
+            self._afford_in_run(current, charges)
         if in_shares:
             self._ledger.reserve(msgspec.structs.replace(entry, kind="reserve"), check)
         else:
@@ -582,6 +585,8 @@ class Site:
         """The plan and the model, if this site takes part in them at all."""
         plan = wire.decode_plan(plan_bytes)
         check_policy(plan, self._policy, insecure=self._insecure)
+        if self._begun != (plan.run, plan.round):  # what was begun in time is done to its end
+            check_hours(self._policy, self._clock().astimezone())
         self._hold_to(plan)
         if plan.roster_version != self._roster.version:
             raise PolicyRefusal(
@@ -652,19 +657,39 @@ class Site:
             budget = Budget(epsilon=self._policy.max_epsilon, delta=self._policy.delta)
         budget.ensure(self._accountant, prior, new, site=self.name)
 
+    def _afford_in_run(self, current: _Round, new: tuple[Charge, ...]) -> None:
+        """Raise `PolicyRefusal` unless the site's policy allows one run ``new`` beside what it has spent."""
+        limit = self._policy.max_epsilon_per_run
+        if limit is None:
+            return
+        try:
+            budget = Budget(epsilon=limit, delta=self._policy.delta)
+            budget.ensure(self._accountant, self._spent_in(current.plan, but=current), new, site=self.name)
+        except BudgetExhausted as error:
+            raise PolicyRefusal(
+                f"policy.max_epsilon_per_run = {limit:g}, round {current.plan.round} would bring the run to "
+                f"{error.would_be:.4g} (δ = {self._policy.delta:g})"
+            ) from None
+
+    def _spent_in(self, plan: wire.RoundPlan, but: _Round | None = None) -> tuple[Charge, ...]:
+        """What one run has spent here, with all that it adds up; ``but`` a sum that is done again."""
+        sums = {run_of(plan.run, purpose) for purpose in wire.PURPOSES}
+        again = None if but is None else (run_of(plan.run, but.purpose), plan.round, plan.attempt)
+        spends: dict[tuple[str, int, int], tuple[Charge, ...]] = {}
+        for line in self._ledger.entries(self.name):
+            entry = line.entry
+            key = (entry.run, entry.round, entry.attempt)
+            if entry.run in sums and entry.charges and key != again:  # a settlement takes the place of its reserve
+                spends[key] = entry.charges
+        return tuple(charge for charges in spends.values() for charge in charges)
+
     def _keep_pace(self, plan: wire.RoundPlan) -> None:
         """Raise `PolicyRefusal` if a plan that chooses its noise spends more now than leaves enough for the rest."""
         config = plan.config
         if config.privacy.schedule == "constant":
             return
         check_schedule(config)
-        sums = {run_of(plan.run, purpose) for purpose in wire.PURPOSES}
-        spends: dict[tuple[str, int, int], tuple[Charge, ...]] = {}
-        for line in self._ledger.entries(self.name):
-            entry = line.entry
-            if entry.run in sums and entry.charges:  # a settlement takes the place of its reserve
-                spends[entry.run, entry.round, entry.attempt] = entry.charges
-        before = [charge for charges in spends.values() for charge in charges]
+        before = self._spent_in(plan)
         size = update_size(config, plan.features, parameter_count(config, self._schema))
         rounds = config.rounds - plan.round
         if rounds < 1 or not keeps_pace(

@@ -1,5 +1,6 @@
 """``privfed coordinator``: the server and the runs of a consortium."""
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,7 @@ app = typer.Typer(help="Run a consortium's server and its experiments.", no_args
 Home = Annotated[Path, typer.Argument(help="The coordinator's folder.")]
 Name = Annotated[str | None, typer.Argument(help="A run's name [default: the latest]")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+_LOOK_SECONDS = 0.5
 Block = Annotated[int, typer.Option("--block", min=1, help="Rounds in a job: a site that was away joins the next one.")]
 
 
@@ -47,18 +49,19 @@ def preflight(
     experiment: Annotated[Path | None, typer.Argument(help="A TOML file that is to be run.")] = None,
     json: Json = False,
 ) -> None:
-    """Check server, certificates, sites and an experiment before anything is spent."""
+    """Check certificates, clocks, versions, tables and connections, and have all sites add up zeros. Spends nothing."""
     from privfed import config_io
     from privfed.deployment.consortium import Consortium
     from privfed.deployment.preflight import check
 
+    from .deployment import show
+
     config = config_io.load_config(experiment) if experiment else None
-    findings = check(Consortium(home.absolute()), config)
+    findings = check(Consortium(home.absolute()), config, waiting=lambda what: typer.echo(f"{what} …", err=True))
     if json:
         print_json(findings)
     else:
-        for finding in findings:
-            typer.echo(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.what}: {finding.found}")
+        show(findings)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(FAILED)
 
@@ -88,20 +91,30 @@ def resume(home: Home, run: Name = None, block: Block = 10, json: Json = False) 
 
 
 @app.command()
-def watch(home: Home, run: Name = None, json: Json = False) -> None:
-    """Show where a run stands, from its folder: every round that its checkpoint has."""
-    from privfed.deployment import runs
+def watch(
+    home: Home,
+    run: Name = None,
+    once: Annotated[bool, typer.Option("--once", help="Look once, and do not follow.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print a line of JSON whenever something changed.")] = False,
+) -> None:
+    """Follow a run until it is over: round, phase, sites, ε, accuracy, faults. It asks no site for anything."""
+    from privfed.deployment import runs, watching
     from privfed.deployment.consortium import Consortium
 
-    found = runs.find(Consortium(home.absolute()), run)
-    reports, summary = runs.progress(found), runs.finished(found)
-    if json:
-        print_json({"run": found.path.name, "rounds": len(reports), "over": summary is not None})
-        return
-    for report in reports:
-        _tell(report)
-    if summary is not None:
+    from . import deployment
+
+    consortium = Consortium(home.absolute())
+    found = runs.find(consortium, run)
+    watcher = watching.Watcher(consortium, found)
+    views = (watcher.look() for _ in range(1)) if once else watcher.follow(lambda: time.sleep(_LOOK_SECONDS))
+    last = deployment.watch(watcher, views, json=json)
+    summary = runs.finished(found)
+    if summary is not None and not json:
         _finish(found.path, summary)
+    if last is not None and last.state == "idle" and not once:
+        typer.echo(f"nobody works on it: privfed coordinator resume {home} {found.path.name}", err=True)
+    if not once and (summary is None or not summary.complete):
+        raise typer.Exit(INCOMPLETE)
 
 
 @app.command()
@@ -130,14 +143,9 @@ def _drive(home: Path, run: str | None, block: int, json: bool) -> None:
 
 
 def _tell(report: "RoundReport") -> None:
-    figure = report.figures("global_score")
-    score = "" if figure is None else f", global {figure.mean:.4f}"
-    epsilon = "" if report.epsilon is None else f", ε {report.epsilon:.3f}"
-    aborted = "" if report.aborted is None else f", no sum: {report.aborted}"
-    who = f"{len(report.contributed)} of {len(report.invited)} sites"
-    typer.echo(f"round {report.round + 1}: {who}{score}{epsilon}, {report.seconds:.2f} s{aborted}", err=True)
-    for site, reason in report.refused.items():
-        typer.echo(f"  {site} refuses: {reason}", err=True)
+    from .deployment import line
+
+    typer.echo(line(report), err=True)
 
 
 def _finish(path: Path, summary: "Summary") -> None:

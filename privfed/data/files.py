@@ -88,6 +88,26 @@ def separator_of(file: str) -> str:
     return "," if first.startswith(b"PAR1") else max(SEPARATORS, key=lambda mark: first.count(mark.encode()))
 
 
+def column_names(file: str, *, header: Sequence[str], separator: str) -> list[str]:
+    """The names of a table's columns; of a CSV file without a header line, the cells of its first.
+
+    Raises:
+        DataError: as `read_frame`.
+    """
+    path = find_file(file)
+    try:
+        start = _start_of(path)
+        if start.startswith(b"PAR1"):
+            with arrow.parquet.ParquetFile(path) as table:
+                return list(table.schema_arrow.names)
+        _refuse_other_kinds(path, start)
+        return list(header) or _header_of(path, separator)
+    except UnicodeDecodeError:
+        raise DataError(_not_utf8(path)) from None
+    except (OSError, ValueError, EOFError, csv.Error, zlib.error) as error:
+        raise DataError(f"can not read {path} as a table: {_reason(error, bool(header))}") from None
+
+
 def first_line(file: str, *, separator: str) -> list[str]:
     """The cells of a CSV file's first line; none where there is no reading it."""
     path = find_file(file)

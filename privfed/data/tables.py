@@ -126,6 +126,12 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         """(position, count) of each input that names an item."""
         return item_positions(self.columns)
 
+    def needed(self, task: Task) -> list[str]:
+        """The columns that are read."""
+        own = [self.site, self.id, self.patient, self.test]
+        names = [*(column.name for column in self.columns), self.label, *task.columns]
+        return list(dict.fromkeys([*names, *(name for name in own if name is not None)]))
+
     def load(self, *, seed: int, task: Task | None = None) -> Sites:
         """The sites' records.
 
@@ -160,9 +166,7 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     def _part(self, site: str, file: str, task: Task, seed: int) -> "_Part":
         """One file's records."""
-        columns = list(dict.fromkeys([*(column.name for column in self.columns), self.label, *task.columns]))
-        own = [self.site, self.id, self.patient if self.patient != self.id else None, self.test]
-        columns += [name for name in own if name is not None and not (name == self.site and site)]
+        columns = [name for name in self.needed(task) if not (name == self.site and site)]
         frame = read_frame(file, columns, header=self.header, separator=self.separator, maximum_rows=self.maximum_rows)
         try:
             return self._encoded(frame, site, task, seed)

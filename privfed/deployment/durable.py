@@ -1,6 +1,7 @@
 """A site whose process may be killed at any instant: what it knows between two rounds stands on its own disk."""
 
 import hashlib
+import logging
 from pathlib import Path
 
 import msgspec
@@ -9,11 +10,15 @@ from safetensors.torch import load, save
 
 from privfed import wire
 from privfed.config import Target
+from privfed.crypto.homomorphic.messages import KEY_HOLDER_STEPS
 from privfed.data.tables import Table
+from privfed.key_holder import KeyHolder
 from privfed.methods import State
 from privfed.site import Site
 
 from . import files, papers
+
+logger = logging.getLogger(__name__)
 
 
 class _Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,6 +43,7 @@ class DurableSite:
     it. Both stand on disk before a reply leaves that rests on them.
 
     Args:
+        key_holder: this site in its second role, for runs that name it; it has no states.
         states: folder for them; personal models are in it, for their owner alone.
         data, task: what this site agreed to read; a run over another table is refused.
 
@@ -46,13 +52,20 @@ class DurableSite:
         answer, and no second one about a round is answered: a restart is no new chance to ask.
     """
 
-    def __init__(self, site: Site, states: Path, *, data: Table, task: Target) -> None:
-        self.site = site
+    def __init__(self, site: Site, key_holder: KeyHolder, states: Path, *, data: Table, task: Target) -> None:
+        self.site, self._key_holder = site, key_holder
         self._states, self._data, self._task = states, papers.agreed(data), task
         self._facts: _Facts | None = None
         self._kept: tuple[State, State] | None = None
 
     def handle(self, request: bytes) -> bytes:
+        try:
+            return self._handle(request)
+        except (files.DeploymentError, OSError) as error:  # a disk that is full: nothing leaves that rests on it
+            logger.error("%s: %s", self.site.name, error)  # its own log: the message names local files
+            return wire.encode(wire.Refusal("error", "the site can not use its own disk", final=False))
+
+    def _handle(self, request: bytes) -> bytes:
         try:
             message = wire.decode_request(request)
             plan = None if isinstance(message, wire.Step) else wire.decode_plan(message.plan)
@@ -61,6 +74,9 @@ class DurableSite:
         if plan is not None:
             if (reason := self._refusal(plan)) is not None:
                 return wire.encode(wire.Refusal("policy", reason, final=True))
+        if message.step in KEY_HOLDER_STEPS:
+            return self._key_holder.handle(request)
+        if plan is not None:
             if (stale := self._enter(plan)) is not None:
                 return wire.encode(wire.Refusal("protocol", stale, final=False))
         if not isinstance(message, wire.Evaluate):

@@ -1,7 +1,7 @@
 """What a job of ours names: the coordinator in the server's job process, a site in its own. Nothing else may run."""
 
 import logging
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -11,10 +11,11 @@ from privfed.engines.contract import Handler
 from privfed.engines.nvflare import EngineStopped, ExchangeController, ExchangeExecutor, FlareEngine
 from privfed.errors import PrivfedError
 
-from . import files, kits
+from . import files, kits, preflight
+from .blocks import JOIN_SECONDS, Block, do_block
 from .consortium import LAST, Consortium
 from .hospital import Hospital
-from .runs import JOIN_SECONDS, Block, do_block
+from .inspection import Inspector, Order
 
 LEAVE_SECONDS = 20.0
 """How long an earlier job of the same site may take to end."""
@@ -27,10 +28,18 @@ class CoordinatorController(ExchangeController):
 
     def coordinate(self, engine: FlareEngine, job: str, local: Path) -> None:
         home = kits.owner_of(local)
+
+        def present(sites: set[str]) -> set[str]:
+            return engine.wait_for(sites, JOIN_SECONDS)
+
+        if (order := _preflight(job)) is not None:
+            with suppress(EngineStopped):
+                preflight.answer(Consortium(home), order, engine, present)
+            return
         note(home, "")
         try:
             block = files.parse_toml(job.encode(), Block, "the job")
-            do_block(Consortium(home), block, engine, lambda sites: engine.wait_for(sites, JOIN_SECONDS))
+            do_block(Consortium(home), block, engine, present)
         except EngineStopped:
             logger.info("the block was ended")
         except PrivfedError as error:
@@ -42,13 +51,15 @@ class CoordinatorController(ExchangeController):
 
 
 class SiteExecutor(ExchangeExecutor):
-    """A site, for as long as a job runs. What the job says is not looked at: a plan comes with every round."""
+    """A site, for as long as a job runs. Of what the job says one thing counts: whether it has rounds, or but looks."""
 
     def open_handler(self, site: str, job: str, local: Path) -> Handler:
         torch.set_num_threads(1)
         self._open = ExitStack()
         try:
             home = kits.owner_of(local)
+            if _preflight(job) is not None:
+                return Inspector(lambda: Hospital.open(home))
             hospital = Hospital.open(home)
             if hospital.file.name != site:
                 raise files.DeploymentError("the certificate is of another site than this folder")
@@ -72,6 +83,13 @@ class Refusing:
 
     def handle(self, request: bytes) -> bytes:
         return self._reply
+
+
+def _preflight(job: str) -> Order | None:
+    """The order of a job that looks at the sites; None of one with rounds."""
+    with suppress(files.DeploymentError):
+        return files.parse_toml(job.encode(), Order, "the job")
+    return None
 
 
 def note(home: Path, reason: str) -> None:

@@ -13,16 +13,15 @@ from msgspec import Meta
 from privfed.config import Policy
 from privfed.crypto.journal import JournalFile, SQLiteJournal
 from privfed.crypto.roster import Identity, Roster, accept, load_roster
-from privfed.data.columns import input_names, input_ranges
 from privfed.data.records import SiteData, public_split_key
 from privfed.data.tables import Table
 from privfed.errors import DataError
+from privfed.key_holder import KeyHolder
 from privfed.keyring import ledger_key, site_key
 from privfed.privacy import noise
 from privfed.privacy.accountant import Accountant
 from privfed.privacy.ledger import Ledger
 from privfed.site import Site
-from privfed.terms import Schema
 
 from . import files, kits, papers
 from .durable import DurableSite
@@ -225,31 +224,35 @@ class Hospital:
             DeploymentError, DataError, PrivfedError: why it can not work.
         """
         terms, study, name = self.terms, self.file.study, self.file.name
-        columns = terms.data.columns
-        schema = Schema(
-            features=len(input_names(columns)), classes=len(terms.data.classes), ranges=input_ranges(columns)
-        )
         with ExitStack() as stack:
             stack.enter_context(files.locked(self.home / LOCK, str(self.home), wait_seconds))
             key = ledger_key(self.home / LEDGER)
             book = stack.enter_context(Ledger(self.home / LEDGER))
+            journal, policy = JournalFile(self.home / JOURNAL), self.policy
+            identity, roster = self.identity, self.roster
             site = Site(
-                identity=self.identity,
-                roster=self.roster,
+                identity=identity,
+                roster=roster,
                 data=self.records(),
-                schema=schema,
+                schema=papers.schema_of(terms),
                 ledger=book,
-                journal=SQLiteJournal(JournalFile(self.home / JOURNAL), name),
+                journal=SQLiteJournal(journal, name),
                 fingerprint_key=site_key(key, name, "fingerprint"),
                 noise_key=site_key(key, name, "noise")
                 if study is None
                 else noise.insecure_key(study.insecure_seed, name.encode()),
                 split_key=site_key(key, name, "split") if study is None else public_split_key(study.split_seed),
                 insecure=study is not None,
-                policy=self.policy,
+                policy=policy,
                 accountant=Accountant(),
             )
-            yield DurableSite(site, self.home / STATES, data=terms.data, task=terms.task)
+            key_holder = KeyHolder(
+                identity=identity,
+                roster=roster,
+                journal=SQLiteJournal(journal, f"{name}, as key holder"),
+                policy=policy,
+            )
+            yield DurableSite(site, key_holder, self.home / STATES, data=terms.data, task=terms.task)
 
     def _accept(self, body: bytes, authority: bytes) -> Roster:
         path = self.home / papers.ROSTER

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -131,6 +132,19 @@ def require_site(signed: Path, name: str) -> None:
             raise DeploymentError(f"the request is not for a certificate of a site named {name!r}: it is refused")
     if not subjects:
         raise DeploymentError("the CA has signed nothing")
+
+
+def validity(certificate: bytes) -> tuple[datetime, datetime]:
+    """From when to when a certificate in PEM counts."""
+    found = load_pem_x509_certificate(certificate)
+    return found.not_valid_before_utc, found.not_valid_after_utc
+
+
+def signed_validity(signed: Path) -> tuple[datetime, datetime]:
+    """The same of what `approve` has signed."""
+    with zipfile.ZipFile(signed) as archive:
+        (certificate,) = (part for part in archive.namelist() if part.endswith(".crt"))
+        return validity(archive.read(certificate))
 
 
 def fingerprint(certificate: Path) -> str:

@@ -16,7 +16,9 @@ from privfed.crypto import keys
 from privfed.crypto.digest import digest
 from privfed.crypto.errors import RemoteProtocolError
 from privfed.crypto.roster import Identity, Member
+from privfed.data.columns import input_names, input_ranges
 from privfed.data.tables import Table
+from privfed.terms import Schema
 
 from .files import DeploymentError
 
@@ -56,6 +58,12 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     ca: str
     data: Table
     task: Target
+
+
+def schema_of(terms: Terms) -> Schema:
+    """What the agreed table comes to, for the model."""
+    columns = terms.data.columns
+    return Schema(len(input_names(columns)), len(terms.data.classes), input_ranges(columns))
 
 
 def agreed(data: Table) -> Table:

@@ -1,47 +1,33 @@
-"""The coordinator's side of a run that has no records: rounds in blocks, a checkpoint after each round.
-
-One FLARE job is one block. Whatever is killed, the next block goes on from the checkpoint: a round that was cut short
-is the same round again, for the same server key gives the same messages, and sites answer each of them once.
-"""
+"""The coordinator's side of a run whose records nobody here has: what is checked before it, and what it leaves."""
 
 import hashlib
 import json
 import re
 import secrets
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Annotated
 
 import msgspec
-import torch
-from msgspec import Meta
 
 from privfed import config_io, folder, seals, statements
 from privfed.cohort import cohort_of, held_out
 from privfed.config import Config, SideNoise
-from privfed.crypto.journal import JournalFile, SQLiteJournal
 from privfed.crypto.roster import Roster
-from privfed.data.columns import input_names, input_ranges
+from privfed.data.columns import input_names
 from privfed.data.tables import Table
-from privfed.engines.contract import Engine
 from privfed.errors import ConfigError
-from privfed.federation import Federation, RoundReport
-from privfed.folder import Checkpoint, RunFacts, RunFolder
-from privfed.keyring import ledger_key, site_key
+from privfed.federation import RoundReport
+from privfed.folder import RunFacts, RunFolder
 from privfed.methods import State
 from privfed.noise_levels import meets_training, noise_levels, side_plan
-from privfed.parameters import load_vector, to_vector
-from privfed.privacy import noise
+from privfed.parameters import load_vector
 from privfed.privacy.accountant import Accountant, Epsilon
 from privfed.privacy.ledger import Ledger
 from privfed.report import render
 from privfed.schedule import Spending
-from privfed.seals import COORDINATOR
-from privfed.selection import best, check_selection, stalled
+from privfed.selection import check_selection
 from privfed.standardisation import fold
-from privfed.summary import Summary, metrics_line, report_of, summarize
+from privfed.summary import Summary, report_of
 from privfed.terms import Schema, build_model, checked_encoding, needs_key_holder, parameter_count, update_size
 from privfed.witness import Witness
 
@@ -52,22 +38,11 @@ from .files import DeploymentError
 STOP = "stop"
 """A file in a run's folder: end after this round."""
 
-JOIN_SECONDS = 30.0
+DRIVER = ".driver"
+"""A file in a run's folder: held by the one command that submits its jobs."""
 
-
-class Block(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a job is for; its text.
-
-    Args:
-        run: a run's folder at the coordinator.
-        rounds: at most so many.
-    """
-
-    run: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
-    rounds: Annotated[int, Meta(ge=1, le=100_000)]
-
-    def to_text(self) -> str:
-        return f'run = "{self.run}"\nrounds = {self.rounds}\n'
+NOW = "now.json"
+"""A file in a run's folder: what is being waited for; see `blocks.Now`."""
 
 
 @dataclass(frozen=True)
@@ -95,19 +70,21 @@ def plan(config: Config, consortium: Consortium, roster: Roster, *, facts: RunFa
         raise ConfigError(
             f"the experiment's data and task are not those of {consortium.home / papers.TERMS}: sites would refuse it"
         )
-    if needs_key_holder(config):
-        raise ConfigError("aggregation.kind = 'homomorphic' is not deployed yet: use 'masked'")
     if config.simulation.dropout or config.simulation.outages:
         raise ConfigError("simulation.dropout and simulation.outages are for simulations: leave them away")
     if reason := config.method.guarantee(config.privacy.unit, config.privacy.noise):
         raise ConfigError(reason)
     names = [member.name for member in roster.members]
+    if needs_key_holder(config) and config.aggregation.key_holder not in names:
+        raise ConfigError(
+            "aggregation.kind = 'homomorphic' in a deployment needs aggregation.key_holder: the site that decrypts the "
+            f"sums, one of {', '.join(names)}. A key holder that is no site is for simulations"
+        )
     training = len(names) - len(held_out(config, names))
     cohort = cohort_of(config, training)
     if strangers := sorted(set(config.evaluation.public_sites) - set(names)):
         raise ConfigError(f"evaluation.public_sites: no site {strangers[0]!r}; sites are {', '.join(names)}")
-    columns, accountant = terms.data.columns, Accountant()
-    schema = Schema(len(input_names(columns)), len(terms.data.classes), input_ranges(columns))
+    schema, accountant = papers.schema_of(terms), Accountant()
     levels = noise_levels(config, cohort, schema, accountant) if facts is None else None
     noise_multiplier, side_noise = levels or (facts.noise_multiplier, facts.side_noise)  # type: ignore[union-attr]
     size = update_size(config, schema.features, parameter_count(config, schema))
@@ -121,7 +98,7 @@ def begin(consortium: Consortium, config: Config) -> RunFolder:
     Raises:
         ConfigError, DeploymentError: nothing was written.
     """
-    ready = plan(config, consortium, _roster(consortium))
+    ready = plan(config, consortium, roster_of(consortium))
     name = f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     facts = RunFacts(name, str(consortium.home / LEDGER), ready.noise_multiplier, ready.side_noise)
     return RunFolder.create(consortium.home / RUNS / name, facts, config_io.to_toml(config))
@@ -142,99 +119,6 @@ def find(consortium: Consortium, run: str | None) -> RunFolder:
     return RunFolder.open(runs / run)
 
 
-def do_block(consortium: Consortium, block: Block, engine: Engine, present: Callable[[set[str]], set[str]]) -> bool:
-    """The rounds of one block.
-
-    Args:
-        present: waits for sites; those that came.
-
-    Returns:
-        Whether the run is over.
-
-    Raises:
-        PrivfedError: why it can not go on.
-    """
-    torch.set_num_threads(1)
-    home, roster = find(consortium, block.run), _roster(consortium)
-    config = config_io.load_config(home.path / folder.CONFIG)
-    facts = home.facts()
-    ready = plan(config, consortium, roster, facts=facts)
-    started = datetime.now(UTC)
-    with home.locked(), ExitStack() as stack:
-        if (home.path / folder.SUMMARY).exists():
-            return True
-        home.require_whole()
-        checkpoint = home.load_checkpoint()
-        if checkpoint is None:
-            start = to_vector(build_model(config, ready.schema))
-            checkpoint = Checkpoint(0, config.method.init_server(start), {}, {})
-        kept, lines = checkpoint.kept, home.metrics(checkpoint.next_round)
-        reports = [report_of(line) for line in lines]
-        key = ledger_key(consortium.home / LEDGER)
-        book = stack.enter_context(Ledger(consortium.home / LEDGER))
-        journal = SQLiteJournal(JournalFile(home.path / folder.JOURNAL), "")
-        home.datasets({})  # the records are the sites' own affair
-        home.keep_metrics(lines)
-        members = {member.name: member.ledger_key for member in roster.members}
-        witness = Witness(book, site_key(key, COORDINATOR, "ledger"), members)
-        federation = Federation(
-            config=config,
-            run=facts.run,
-            roster=roster,
-            engine=engine,
-            noise_multiplier=ready.noise_multiplier,
-            side_noise=ready.side_noise,
-            schema=ready.schema,
-            state=checkpoint.server,
-            spending=_spending(ready, len(members)),
-            done=reports,
-            server_key=noise.derive_key(key, b"coordinator"),
-            journal=journal,
-            retired=checkpoint.retired,
-        )
-        active = set(members) - set(checkpoint.retired)
-        unseen = held_out(config, list(members))
-        here = present(active)
-        needed = cohort_of(config, len(active - unseen)).minimum_cohort
-        if len(here - unseen) < needed:
-            missing = ", ".join(sorted(active - here))
-            raise DeploymentError(f"{len(here)} sites are there, a sum needs {needed}: {missing} did not come")
-        rounds, over = federation.rounds(), False
-        for _ in range(block.rounds):
-            over = stalled(reports, config.metric, config.evaluation.patience)
-            report = None if over else next(rounds, None)
-            if report is None:
-                over = True
-                break
-            reports.append(report)
-            if config.evaluation.keep == "best" and best(reports, config.metric) == report.round:
-                kept = {name: tensor.clone() for name, tensor in federation.state.items()}
-            witness.round(facts.run, report.round, report.words)
-            home.add_metrics(metrics_line(facts.run, report))
-            home.save_checkpoint(Checkpoint(federation.next_round, federation.state, {}, federation.retired, kept))
-            if (home.path / STOP).exists():
-                break
-        over = over or federation.next_round >= config.rounds
-        if over:
-            seconds = sum(report.seconds for report in reports) or (datetime.now(UTC) - started).total_seconds()
-            spent = {name: _spent(book, name, config.privacy.delta) for name in members}
-            summary = summarize(
-                config,
-                run=facts.run,
-                spent={name: epsilon for name, epsilon in spent.items() if name not in unseen},
-                insecure=config.privacy.insecure_seed is not None,
-                simulated=False,
-                noise_multiplier=ready.noise_multiplier,
-                reports=reports,
-                retired=federation.retired,
-                stopped_early=stalled(reports, config.metric, config.evaluation.patience)
-                and len(reports) < config.rounds,
-                seconds=seconds,
-            )
-            _leave(ready, home, kept or federation.state, witness, summary, terms=consortium.terms)
-    return over
-
-
 def finished(home: RunFolder) -> Summary | None:
     """The summary of a run that is over."""
     path = home.path / folder.SUMMARY
@@ -247,14 +131,14 @@ def progress(home: RunFolder) -> list[RoundReport]:
     return [report_of(line) for line in home.metrics(checkpoint.next_round)] if checkpoint else []
 
 
-def _roster(consortium: Consortium) -> Roster:
+def roster_of(consortium: Consortium) -> Roster:
     roster = consortium.roster()
     if roster is None:
         raise DeploymentError(f"there is no roster yet: privfed consortium roster {consortium.home}")
     return roster
 
 
-def _spending(ready: Plan, sites: int) -> Spending | None:
+def spending(ready: Plan, sites: int) -> Spending | None:
     if ready.config.privacy.schedule == "constant":
         return None
     cohort = cohort_of(ready.config, sites)
@@ -263,7 +147,7 @@ def _spending(ready: Plan, sites: int) -> Spending | None:
     return Spending(ready.config, size, ready.noise_multiplier, beside, ready.accountant)
 
 
-def _spent(book: Ledger, site: str, delta: float) -> Epsilon:
+def spent(book: Ledger, site: str, delta: float) -> Epsilon:
     """What a site last signed: its own ledger is not here."""
     words = [seals.read(body) for body in book.statements(site)]
     if not words:
@@ -273,7 +157,7 @@ def _spent(book: Ledger, site: str, delta: float) -> Epsilon:
     return Epsilon(value, last.delta, last.accountant, 0.0, {})  # type: ignore[arg-type]  # as the site named it
 
 
-def _leave(
+def leave(
     ready: Plan,
     home: RunFolder,
     state: State,

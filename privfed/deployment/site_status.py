@@ -1,6 +1,7 @@
 """What a site's own books say, and what it would say to an experiment. Nothing here asks anybody."""
 
 from collections import Counter
+from datetime import datetime
 
 import msgspec
 
@@ -8,20 +9,20 @@ from privfed import wire
 from privfed.cohort import cohort_of, held_out
 from privfed.config import Config
 from privfed.crypto.errors import AggregationError
-from privfed.data.columns import input_names, input_ranges
 from privfed.data.tables import Table
 from privfed.errors import PrivfedError
 from privfed.keyring import ledger_key, site_key
 from privfed.noise_levels import noise_levels
-from privfed.policy import check_policy
+from privfed.policy import check_hours, check_policy
 from privfed.privacy import noise
 from privfed.privacy.accountant import Accountant
 from privfed.privacy.errors import PrivacyError
-from privfed.privacy.ledger import Ledger
-from privfed.terms import Schema
+from privfed.privacy.ledger import Ledger, utc_now
+from privfed.terms import key_holder_of, parameter_count, plan_encoding, planned_charges
 
 from . import papers
 from .hospital import KIT, LEDGER, Hospital
+from .papers import schema_of
 
 
 class RunLine(msgspec.Struct, frozen=True):
@@ -65,45 +66,71 @@ def read(hospital: Hospital) -> SiteStatus:
     )
 
 
-def would_refuse(hospital: Hospital, config: Config) -> str | None:
-    """Why this site would not take part in an experiment; None if it would, as far as policy and budget say."""
-    terms = hospital.terms
+def would_refuse(hospital: Hospital, config: Config, now: datetime | None = None) -> str | None:
+    """Why this site would not take part in an experiment; None if it would, as far as policy and budget say.
+
+    Args:
+        now: the site's local time; default its clock's.
+    """
+    terms, policy = hospital.terms, hospital.policy
     if not isinstance(config.data, Table) or papers.agreed(config.data) != terms.data or config.task != terms.task:
         return "it reads another table, or predicts something else, than the consortium agreed on"
-    roster, accountant = hospital.roster, Accountant()
+    accountant = Accountant()
+    try:
+        plan = _first_plan(hospital, config, accountant)
+        check_policy(plan, policy, insecure=hospital.file.study is not None)
+        if (reason := _beyond_budget(hospital, plan, accountant)) is not None:
+            return reason
+        check_hours(policy, now or utc_now().astimezone())
+    except (PrivfedError, PrivacyError, AggregationError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _first_plan(hospital: Hospital, config: Config, accountant: Accountant) -> wire.RoundPlan:
+    """What the coordinator would ask for in the first round, if all sites of the roster are there."""
+    roster, terms = hospital.roster, hospital.terms
     names = [member.name for member in roster.members]
     cohort = tuple(index for index, name in enumerate(names) if name not in held_out(config, names))
-    columns = terms.data.columns
-    schema = Schema(len(input_names(columns)), len(terms.data.classes), input_ranges(columns))
-    try:
-        numbers = cohort_of(config, len(cohort))
-        noise_multiplier, side_noise = noise_levels(config, numbers, schema, accountant)
-        plan = wire.RoundPlan(
-            run="policy check",
-            round=0,
-            attempt=0,
-            cohort=cohort,
-            threshold=numbers.threshold,
-            minimum_cohort=numbers.minimum_cohort,
-            colluders=numbers.colluders,
-            degree=numbers.degree,
-            noise_multiplier=noise_multiplier,
-            side_noise=side_noise,
-            features=schema.features,
-            config=config,
-            roster_version=roster.version,
-        )
-        check_policy(plan, hospital.policy, insecure=hospital.file.study is not None)
-    except (PrivfedError, PrivacyError, AggregationError) as error:
-        return str(error)
-    limit, spent = hospital.policy.max_epsilon, read(hospital).epsilon
-    if limit is not None and spent + config.privacy.target_epsilon > limit * 1.0000001 and spent > 0:
+    schema = schema_of(terms)
+    numbers = cohort_of(config, len(cohort))
+    noise_multiplier, side_noise = noise_levels(config, numbers, schema, accountant)
+    return wire.RoundPlan(
+        run="policy check",
+        round=0,
+        attempt=0,
+        cohort=cohort,
+        threshold=numbers.threshold,
+        minimum_cohort=numbers.minimum_cohort,
+        colluders=numbers.colluders,
+        degree=numbers.degree,
+        noise_multiplier=noise_multiplier,
+        side_noise=side_noise,
+        clip=None if config.privacy.clip == "fixed" else config.privacy.max_update_norm,
+        features=schema.features,
+        config=config,
+        roster_version=roster.version,
+        key_holder=key_holder_of(config, roster),
+    )
+
+
+def _beyond_budget(hospital: Hospital, plan: wire.RoundPlan, accountant: Accountant) -> str | None:
+    """What of the site's budget the whole run would not fit into."""
+    config, policy = plan.config, hospital.policy
+    limit, spent, target = policy.max_epsilon, read(hospital).epsilon, config.privacy.target_epsilon
+    if (most := policy.max_epsilon_per_run) is not None and config.privacy.noise_multiplier is not None:
+        encoding = plan_encoding(plan, parameter_count(config, schema_of(hospital.terms)))
+        charges = planned_charges(config, encoding, plan.noise_multiplier, config.rounds)
+        cost = accountant.epsilon(charges, policy.delta).value if charges else 0.0
+        if cost > most * (1 + 1e-6):
+            return f"policy.max_epsilon_per_run = {most:g}, all rounds of the run would spend {cost:.4g}"
+    if limit is not None and spent + target > limit * 1.0000001 and spent > 0:
         return (
-            f"ε = {spent:.3g} of policy.max_epsilon = {limit:g} is spent: the run's {config.privacy.target_epsilon:g} "
+            f"ε = {spent:.3g} of policy.max_epsilon = {limit:g} is spent: the run's {target:g} "
             "does not fit beside it for sure; its last rounds may be refused"
         )
-    if limit is not None and config.privacy.target_epsilon > limit:
-        return f"policy.max_epsilon = {limit:g}, the run would spend {config.privacy.target_epsilon:g}"
+    if limit is not None and target > limit:
+        return f"policy.max_epsilon = {limit:g}, the run would spend {target:g}"
     return None
 
 

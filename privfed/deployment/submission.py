@@ -11,9 +11,9 @@ from privfed.folder import RunFolder
 from privfed.summary import Summary
 
 from . import files, jobs, runs
+from .blocks import Block
 from .consortium import ADMIN, JOB, LAST, Consortium
 from .files import DeploymentError
-from .runs import Block
 
 BLOCK = 10
 """Rounds in a job. A site that was away comes back with the next one."""
@@ -38,8 +38,15 @@ def drive(
 
     Raises:
         RunIncomplete: it was stopped, or two blocks in a row did nothing; `resume` goes on.
-        DeploymentError: the server does not answer.
+        DeploymentError: the server does not answer, or another command drives this run.
     """
+    with files.locked(home.path / runs.DRIVER, f"{home.path}, as privfed coordinator submit or resume"):
+        return _drive(consortium, home, block, observer)
+
+
+def _drive(
+    consortium: Consortium, home: RunFolder, block: int, observer: Callable[[RoundReport], None] | None
+) -> Summary:
     seen = idle = 0
 
     def tell() -> int:
@@ -119,6 +126,17 @@ def _one_block(consortium: Consortium, home: RunFolder, session: Any, block: int
             raise DeploymentError(f"the server does not begin with the job: its status is {status or 'unknown'}")
     under_way.unlink(missing_ok=True)
     return session
+
+
+def under_way(home: RunFolder) -> bool:
+    """Whether a command drives this run, or a job does rounds of it."""
+    if _works(home):
+        return True
+    try:
+        with files.locked(home.path / runs.DRIVER, "the run"):
+            return False
+    except DeploymentError:
+        return True
 
 
 def _works(home: RunFolder) -> bool:

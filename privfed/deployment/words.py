@@ -33,9 +33,25 @@ def agreement(terms: Terms, policy: Policy, *, name: str, data: str) -> str:
         if policy.require_privacy
         else "  runs WITHOUT a differential-privacy claim are allowed;",
         "  no noise that only the server adds;" if policy.refuse_central_noise else "  the server may add the noise;",
+        *_narrower(policy),
         "  no code from elsewhere: jobs name one class of the toolkit that is installed here, and nothing else.",
         "",
         f"The authority that signs the list of sites: {papers.fingerprint(bytes.fromhex(terms.authority))}",
         "What was asked, refused and spent: privfed site status. To stop: end the process; to leave: tell the contact.",
     ]
     return "\n".join(lines)
+
+
+def _narrower(policy: Policy) -> list[str]:
+    """The lines of a policy that most sites leave away."""
+    lines = []
+    if policy.max_epsilon_per_run is not None:
+        lines.append(f"  at most ε = {policy.max_epsilon_per_run:g} of it in one run;")
+    if policy.minimum_noise_multiplier is not None:
+        lines.append(f"  no noise below {policy.minimum_noise_multiplier:g} times the clip;")
+    for kind, names in (("method", policy.methods), ("model", policy.models)):
+        if names is not None:
+            lines.append(f"  no other {kind} than {', '.join(names) or 'none at all'};")
+    if policy.hours is not None:
+        lines.append(f"  no round that begins outside {policy.hours}, this machine's own time;")
+    return lines

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from privfed.crypto.plain import PlainServer
 from privfed.methods import FedAvg, Fomaml, Local
 from privfed.methods.fedavg import FedAvg as FedAvgClass
 from privfed.parameters import encode
+from privfed.policy import OutsideHours, check_hours
 from privfed.privacy.events import Charge, NoiseSite, PoissonGaussian, PrivacyUnit
 from privfed.privacy.ledger import Ledger
 from privfed.privacy.oracle import plain as plain_module
@@ -65,6 +67,14 @@ def refused(site: Site, request: bytes) -> wire.Refusal:
         (Policy(require_secure_aggregation=True), PLAIN, "require_secure_aggregation"),
         (Policy(max_delta=1e-7), PLAIN, "max_delta = 1e-07, the plan has delta = 1e-05"),
         (Policy(), changed(PLAIN, "privacy", insecure_seed=3), "insecure_seed"),
+        (Policy(methods=("ditto", "fedprox")), PLAIN, "policy.methods = ditto, fedprox, the plan has 'fed"),
+        (Policy(models=()), PLAIN, "policy.models = none, the plan has 'mlp'"),
+        (Policy(minimum_noise_multiplier=50.0), PLAIN, "policy.minimum_noise_multiplier = 50, the plan has"),
+        (
+            Policy(max_epsilon_per_run=1.0),
+            changed(PLAIN, "privacy", unit=PrivacyUnit.NONE),
+            "policy.max_epsilon_per_run = 1, the plan has privacy.unit = 'none'",
+        ),
         (Policy(minimum_cohort=5), config(), "minimum_cohort = 5, the plan would release a sum of 4"),
         (Policy(), changed(PLAIN, "privacy", unit=PrivacyUnit.CLIENT), "leaves nothing to learn"),
         (Policy(), changed(config(), "privacy", noise=NoiseSite.DISTRIBUTED), "use method.name = 'fedsgd'"),
@@ -321,6 +331,67 @@ def test_a_killed_round_is_repeated_byte_for_byte_and_paid_once(tmp_path: Path) 
     # with no budget left either: what is paid is paid
     tight = house.start("a", policy=Policy(max_epsilon=first_cost(house)))
     assert tight.handle(message) == reply
+
+
+def test_a_run_that_means_to_spend_more_than_one_run_may_is_refused_at_once(house: House) -> None:
+    asked = changed(PLAIN, "privacy", noise_multiplier=None, target_epsilon=2.0)
+    plan = house.plan(asked, noise_multiplier=4.0)
+    for limit, told in ((2.0, None), (1.0, "policy.max_epsilon_per_run = 1, the plan has target_epsilon = 2")):
+        reply = ask(house.start("a", policy=Policy(max_epsilon_per_run=limit, max_epsilon=8.0)), begin(plan))
+        assert isinstance(reply, wire.Answer) if told is None else told in getattr(reply, "reason", "")
+
+
+def test_one_run_may_not_spend_what_only_all_runs_together_may(house: House) -> None:
+    """With a fixed noise the target says nothing: what stands in the ledger does."""
+    assert isinstance(ask(house.sites["a"], begin(house.plan(PLAIN))), wire.Answer)
+    one = first_cost(house)
+    site = house.start("a", policy=Policy(max_epsilon=8 * one, max_epsilon_per_run=1.05 * one))
+    assert isinstance(ask(site, begin(house.plan(PLAIN))), wire.Answer)  # done again: it is paid
+    answer = refused(site, begin(house.plan(PLAIN, round=1)))
+    assert (answer.kind, answer.final) == ("policy", True)
+    assert "policy.max_epsilon_per_run" in answer.reason and "round 1 would bring the run to" in answer.reason
+    assert isinstance(ask(site, begin(house.plan(PLAIN, run="another"))), wire.Answer)
+    assert len(house.charged("a")) == 2
+
+
+@pytest.mark.parametrize(
+    ("hours", "at", "told"),
+    [
+        ("20:00-06:00", "19:59", "policy.hours = 20:00-06:00, here it is 19:59"),
+        ("20:00-06:00", "20:00", None),
+        ("20:00-06:00", "05:59", None),
+        ("20:00-06:00", "06:00", "here it is 06:00"),
+        ("08:00-18:00", "12:00", None),
+        ("08:00-18:00", "18:00", "here it is 18:00"),
+        ("07:30-07:30", "03:00", None),
+    ],
+)
+def test_a_site_begins_rounds_in_its_hours_alone(hours: str, at: str, told: str | None) -> None:
+    now = datetime.fromisoformat(f"2026-03-01T{at}+09:00")
+    if told is None:
+        check_hours(Policy(hours=hours), now)
+        return
+    with pytest.raises(OutsideHours, match=told):
+        check_hours(Policy(hours=hours), now)
+
+
+def test_outside_its_hours_a_site_refuses_for_now_and_ends_what_it_began(house: House) -> None:
+    now = [datetime.fromisoformat("2026-03-01T23:30").astimezone()]
+    site = house.start("a", policy=Policy(hours="20:00-23:45"), clock=lambda: now[0].astimezone(UTC))
+    plan = house.plan(PLAIN)
+    assert isinstance(ask(site, begin(plan)), wire.Answer)
+    now[0] += timedelta(hours=1)
+    question = wire.encode(wire.Evaluate(0, "evaluate", wire.encode_plan(plan), state_of()))
+    assert isinstance(ask(site, question), wire.Measurement)
+    answer = refused(site, begin(house.plan(PLAIN, round=1)))
+    assert (answer.kind, answer.final) == ("policy", False)
+    assert "policy.hours = 20:00-23:45" in answer.reason
+    assert len(house.charged("a")) == 1
+
+
+def test_a_policy_with_a_name_that_nothing_has_is_no_policy() -> None:
+    with pytest.raises(ValueError, match=r"policy\.methods: there is no 'fedavgg'; there are fedavg"):
+        Policy(methods=("fedavgg",))
 
 
 def first_cost(house: House) -> float:

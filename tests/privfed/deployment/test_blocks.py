@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ import torch
 import privfed
 from privfed import exports, wire
 from privfed.config import Config
-from privfed.deployment import runs
+from privfed.deployment import files, runs
+from privfed.deployment.blocks import Block, do_block
 from privfed.deployment.consortium import Consortium
 from privfed.deployment.files import DeploymentError
 from privfed.deployment.hospital import LEDGER, Hospital, Strict
-from privfed.deployment.runs import Block
 from privfed.engines.contract import Engine
 from privfed.engines.local import LocalEngine
 from privfed.errors import PrivfedError
@@ -37,6 +38,21 @@ INSECURE = {"delta": 1e-5, "target_epsilon": 3.0, "insecure_seed": house.SEED}
 
 class Killed(BaseException):
     """The process is gone."""
+
+
+class Cut:
+    """An engine whose coordinator is killed before or after one step."""
+
+    def __init__(self, engine: Engine, *, round: int, step: str, when: str) -> None:
+        self._engine, self._at, self._when = engine, (round, step), when
+
+    def exchange(self, requests: Mapping[str, bytes], deadline_seconds: float) -> Mapping[str, bytes]:
+        message = wire.decode_request(next(iter(requests.values())))
+        if (message.round, message.step) == self._at:
+            if self._when == "after":
+                self._engine.exchange(requests, deadline_seconds)
+            raise Killed
+        return self._engine.exchange(requests, deadline_seconds)
 
 
 @pytest.fixture
@@ -58,7 +74,7 @@ def consortium(tmp_path: Path, config: Config) -> Iterator[Consortium]:
 def block(consortium: Consortium, run: RunFolder, rounds: int, engine: Engine | None = None, **wrapped: Any) -> bool:
     """One job: every process of it begins, works and ends."""
     with house.at_work(consortium.home.parent) as sites:
-        over = runs.do_block(
+        over = do_block(
             consortium, Block(run.path.name, rounds), wrapped.get("wrap", lambda it: it)(LocalEngine(sites)), set
         )
         return over
@@ -96,6 +112,87 @@ def test_a_run_in_blocks_equals_the_run_in_one_process(tmp_path: Path, config: C
     same_as_in_process(tmp_path, config, run)
     assert (run.path / "report.html").exists()
     book_verifies(run)
+
+
+def test_homomorphic_sums_in_blocks_equal_those_in_one_process(
+    tmp_path: Path, paths: dict[str, str], consortium: Consortium
+) -> None:
+    """A site holds the key; it and everyone else begin anew with each block."""
+    config = house.experiment(
+        paths, privacy=INSECURE, aggregation={"kind": "homomorphic", "key_holder": "south"}, model={"hidden": [4]}
+    )
+    run = runs.begin(consortium, config)
+    assert not block(consortium, run, 1)
+    assert block(consortium, run, 2)
+    same_as_in_process(tmp_path, config, run)
+    nobody = house.experiment(paths, aggregation={"kind": "homomorphic"})
+    with pytest.raises(PrivfedError, match=r"needs aggregation\.key_holder: .* one of north, south, west"):
+        runs.begin(consortium, nobody)
+
+
+@pytest.mark.parametrize("step", ["key", "commit", "close", "send", "deliver", "release"])
+def test_a_coordinator_killed_at_any_homomorphic_step_goes_on_and_pays_once(
+    tmp_path: Path, paths: dict[str, str], consortium: Consortium, step: str
+) -> None:
+    config = house.experiment(
+        paths,
+        rounds=2,
+        privacy=INSECURE,
+        aggregation={"kind": "homomorphic", "key_holder": "south"},
+        model={"hidden": [4]},
+    )
+    run = runs.begin(consortium, config)
+    with pytest.raises(Killed):
+        block(consortium, run, 2, wrap=lambda engine: Cut(engine, round=1, step=step, when="after"))
+    assert block(consortium, run, 2)
+    same_as_in_process(tmp_path, config, run)
+
+
+def test_sites_outside_their_hours_leave_the_round_for_later(
+    tmp_path: Path, config: Config, consortium: Consortium
+) -> None:
+    now = datetime.now().astimezone()
+    closed = f"{now + timedelta(hours=3):%H:%M}-{now + timedelta(hours=4):%H:%M}"
+    policies = [tmp_path / site / "policy.toml" for site in SITES[:2]]
+    for policy in policies:
+        policy.write_text(policy.read_text() + f'hours = "{closed}"\n')
+    run = runs.begin(consortium, config)
+    with pytest.raises(DeploymentError, match=f"round 1 waits for sites .*north: policy.hours = {closed}, here it is"):
+        block(consortium, run, 4)
+    assert run.load_checkpoint() is None and all(not spent(tmp_path, site) for site in SITES)
+    for policy in policies:
+        policy.write_text(policy.read_text().replace(closed, "00:00-00:00"))
+    assert block(consortium, run, 4)
+    same_as_in_process(tmp_path, config, run)
+
+
+def spent(home: Path, site: str) -> list[Any]:
+    return [entry for entry in spends(home / site / LEDGER, site) if entry[0] == "charge"]
+
+
+def test_a_site_whose_disk_is_full_sends_nothing_and_says_so(
+    tmp_path: Path, config: Config, consortium: Consortium, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its states can not be written: the vector that rests on them stays at home."""
+    run = runs.begin(consortium, config)
+    write, full = files.write, [False]
+
+    def disk(path: Path, content: bytes, *, private: bool = False) -> None:
+        if full[0] and "west" in path.parts:
+            raise DeploymentError(f"can not write {path}: No space left on device")
+        write(path, content, private=private)
+
+    monkeypatch.setattr(files, "write", disk)
+    assert not block(consortium, run, 1)
+    full[0] = True
+    assert not block(consortium, run, 1)
+    full[0] = False
+    assert block(consortium, run, 1)
+    reports = runs.progress(run)
+    assert [len(report.contributed) for report in reports] == [3, 0, 3]
+    assert reports[1].refused == {"west": "the site can not use its own disk"}
+    charged = [entry[1] for entry in spent(tmp_path, "west")]
+    assert charged in ([0, 2], [0, 1, 2])  # what may have left is charged, and nothing twice
 
 
 def book_verifies(run: RunFolder) -> None:
@@ -147,20 +244,8 @@ def test_a_coordinator_killed_at_any_step_loses_a_round_in_progress_and_no_entry
     """The round is done again, byte for byte: the same model, and ε is paid once."""
     run = runs.begin(consortium, config)
 
-    class Cut:
-        def __init__(self, engine: Engine) -> None:
-            self._engine = engine
-
-        def exchange(self, requests: Mapping[str, bytes], deadline_seconds: float) -> Mapping[str, bytes]:
-            message = wire.decode_request(next(iter(requests.values())))
-            if (message.round, message.step) == (1, step):
-                if when == "after":
-                    self._engine.exchange(requests, deadline_seconds)
-                raise Killed
-            return self._engine.exchange(requests, deadline_seconds)
-
     with pytest.raises(Killed):
-        block(consortium, run, 4, wrap=Cut)
+        block(consortium, run, 4, wrap=lambda engine: Cut(engine, round=1, step=step, when=when))
     checkpoint = run.load_checkpoint()
     assert checkpoint is not None and checkpoint.next_round == 1
     assert block(consortium, run, 4)

@@ -15,9 +15,9 @@ import pytest
 from privfed import config_io
 from privfed.config import Config
 from privfed.deployment import files, jobs, kits, runs
+from privfed.deployment.blocks import Block
 from privfed.deployment.consortium import ADMIN, SERVER
 from privfed.deployment.hospital import KIT, LEDGER
-from privfed.deployment.runs import Block
 from tests.privfed.deployment import house
 from tests.privfed.deployment.house import SITES
 from tests.privfed.deployment.test_blocks import INSECURE, spends
