@@ -32,9 +32,9 @@ lint: .venv/.ready-dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,nvflare]'
 	touch $@
 
-# Faults and intrusions of a deployment over real processes: kill -9, other authorities, shipped code. Half an hour.
+# Faults and intrusions of a deployment over real processes: kill -9, full disks, cut lines, other authorities. Half an hour.
 test-pilot: .venv/.ready-dev
-	PRIVFED_PILOT=1 $(BIN)/pytest tests/privfed/deployment/test_faults.py tests/privfed/deployment/test_intrusions.py
+	PRIVFED_PILOT=1 $(BIN)/pytest $(addprefix tests/privfed/deployment/test_,faults.py troubles.py intrusions.py)
 
 # Ten minutes of coverage-guided fuzzing of every decoder and machine of crypto/.
 fuzz: .venv/.ready-dev

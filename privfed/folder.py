@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -65,18 +66,26 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, wait_seconds: float = 0.0) -> Iterator[None]:
     """Holds the folder ``path`` for one process; the system lets go of it when the process ends, however it ends.
+
+    Args:
+        wait_seconds: how long another process may take to let go.
 
     Raises:
         RunFolderError: another process is at work in it.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     with os.fdopen(os.open(path / LOCK, flags, 0o600), "r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunFolderError(f"another process is running in {path}: wait for it or stop it") from None
+        end = time.monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() >= end:
+                    raise RunFolderError(f"another process is running in {path}: wait for it or stop it") from None
+            time.sleep(0.02)
         yield
 
 
@@ -147,13 +156,13 @@ class RunFolder:
                 raise RunFolderError(f"{path} is missing: the run can not go on without it. Restore it from your copy")
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, wait_seconds: float = 0.0) -> Iterator[None]:
         """Holds the folder for one process; the system lets go of it when the process ends, however it ends.
 
         Raises:
             RunFolderError: another process is at work in it.
         """
-        with locked(self.path):
+        with locked(self.path, wait_seconds):
             yield
 
     def facts(self) -> RunFacts:

@@ -39,6 +39,7 @@ from .files import DeploymentError
 from .runs import Plan
 
 JOIN_SECONDS = 30.0
+_LOOK_SECONDS = 2.0  # who looks whether somebody is at work holds the folder for an instant
 _CLOSED = "policy.hours = "
 """How the reason of a site begins that takes part at other hours."""
 
@@ -88,7 +89,7 @@ def do_block(consortium: Consortium, block: Block, engine: Engine, present: Call
     home, roster = runs.find(consortium, block.run), runs.roster_of(consortium)
     config = config_io.load_config(home.path / folder.CONFIG)
     ready = runs.plan(config, consortium, roster, facts=home.facts())
-    with home.locked(), ExitStack() as stack:
+    with home.locked(_LOOK_SECONDS), ExitStack() as stack:
         if (home.path / folder.SUMMARY).exists():
             return True
         home.require_whole()

@@ -38,7 +38,6 @@ from .site_status import would_refuse
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = ("torch", "opacus", "nvflare", "cryptography", "numpy")
 COMPARED = ("privfed", "wire", "torch", "opacus")
 """What all parties must have the same of: other versions of these give other models, or none."""
 
@@ -148,15 +147,12 @@ _questions: "msgspec.msgpack.Decoder[Question]" = msgspec.msgpack.Decoder(Look |
 
 def versions() -> dict[str, str]:
     """What this process runs."""
-    return {
-        "privfed": __version__,
-        "wire": wire.PROTOCOL,
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
-    }
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "opacus")}
+    return {"privfed": __version__, "wire": wire.PROTOCOL, **packages}
 
 
 class Inspector:
-    """A site's side of a preflight. It opens neither ledger nor states, and a run may be under way beside it.
+    """A site's side of a preflight. It writes to no ledger and no state, and a run may be under way beside it.
 
     Args:
         open_site: reads the site's folder.

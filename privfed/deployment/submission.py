@@ -22,6 +22,7 @@ _SERVER_SECONDS = 120.0  # a killed server is started again by whoever supervise
 _IDLE_SECONDS = 30.0  # a job that says it runs, and works on nothing any more, was lost with its server
 _START_SECONDS = 180.0  # how long its processes may take to begin, on a machine that has much to do
 _POLL_SECONDS = 0.3
+_LOOK_SECONDS = 2.0  # as of blocks
 
 
 def drive(
@@ -40,7 +41,7 @@ def drive(
         RunIncomplete: it was stopped, or two blocks in a row did nothing; `resume` goes on.
         DeploymentError: the server does not answer, or another command drives this run.
     """
-    with files.locked(home.path / runs.DRIVER, f"{home.path}, as privfed coordinator submit or resume"):
+    with files.locked(home.path / runs.DRIVER, f"{home.path}, as privfed coordinator submit or resume", _LOOK_SECONDS):
         return _drive(consortium, home, block, observer)
 
 

@@ -158,11 +158,8 @@ def _rosters(found: Mapping[str, About], roster: Roster, consortium: Consortium)
 
 
 def _tables(found: Mapping[str, About], consortium: Consortium) -> Iterable[Finding]:
-    other = {
-        site: ", ".join(faults)
-        for site, about in found.items()
-        if (faults := agreement_faults(consortium.terms, about))
-    }
+    compared = {site: agreement_faults(consortium.terms, about) for site, about in found.items()}
+    other = {site: ", ".join(faults) for site, faults in compared.items() if faults}
     yield _site_by_site(
         "agreed table",
         other,
@@ -214,12 +211,8 @@ def _dry_sum(
         refused = _sum(dry, roster, engine)
     except (PrivfedError, PrivacyError, AggregationError, ValueError) as error:
         return Finding(what, False, str(error), "see what is wrong above; each site's log.txt says what it refused")
-    return _site_by_site(
-        what,
-        refused,
-        f"{len(cohort)} sites, {dry.dim} numbers: zero",
-        "see what is wrong above, and the site's log.txt",
-    )
+    fine = f"{len(cohort)} sites, {dry.dim} numbers, {'masked' if dry.key_holder is None else 'encrypted'}: zero"
+    return _site_by_site(what, refused, fine, "see what is wrong above, and the site's log.txt")
 
 
 def _dry(consortium: Consortium, config: Config | None, order: Order, roster: Roster, cohort: tuple[int, ...]) -> Dry:

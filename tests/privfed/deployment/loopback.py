@@ -1,10 +1,11 @@
 """A whole consortium on this machine: three folders, real certificates, real processes, mTLS on loopback."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -35,7 +36,7 @@ class Loopback:
         for name in list(self.parties):
             self.kill(name)
 
-    def start(self, *names: str) -> None:
+    def start(self, *names: str, environment: Mapping[str, str] | None = None) -> None:
         """Start the server, or a site, as their commands do."""
         for name in names:
             command = (
@@ -43,11 +44,24 @@ class Loopback:
                 if name == SERVER
                 else processes.client_command(self._kit(name), site=name, organisation=f"{name}-hospital")
             )
-            self.parties[name] = Party(command, self.home / f"{name}.out")
+            self.parties[name] = Party(command, self.home / f"{name}.out", environment)
 
     def everybody(self) -> None:
         self.start(SERVER, *self.sites)
-        until(lambda: set(self.clients()) >= set(self.sites), 120)
+        self.connected()
+
+    def connected(self, *sites: str) -> None:
+        """Return once they are there; default all."""
+        until(lambda: set(self.clients()) >= set(sites or self.sites), 120)
+
+    def preflight(self, path: Path) -> dict[str, dict[str, Any]]:
+        """What ``privfed coordinator preflight`` finds, by what was looked at; its exit code agrees."""
+        command = self.command("coordinator", "preflight", self.consortium.home, path, "--json")
+        out, errors = command.communicate(timeout=400)
+        found = json.loads(out or errors)
+        assert command.returncode == (0 if all(one["ok"] for one in found) else 1), errors.decode()
+        assert all(one["next"] for one in found if not one["ok"])
+        return {one["what"]: one for one in found}
 
     def kill(self, name: str) -> None:
         """kill -9 of a party and of what it started."""

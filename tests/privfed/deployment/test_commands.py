@@ -61,7 +61,10 @@ def test_a_pilot_from_its_founding_to_its_status(tmp_path: Path) -> None:
     run = runs.begin(consortium, config)
     block(consortium, run, 1)
     watched = json.loads(privfed("coordinator", "watch", home, "--json").stdout)
-    assert watched == {"run": run.path.name, "rounds": 1, "over": True}
+    assert (watched["run"], watched["state"], watched["done"], watched["planned"]) == (run.path.name, "over", 1, 1)
+    assert watched["epsilon"] > 0 and watched["sites_in"] == list(SITES) and watched["sites_out"] == []
+    told = privfed("coordinator", "watch", home, "--once")
+    assert "round 1: 3 of 3 sites" in told.stdout and "over; 1 of 1 rounds" in told.stdout
     status = json.loads(privfed("site", "status", tmp_path / "north", "--json").stdout)
     assert status["epsilon"] > 0 and [line["rounds"] for line in status["runs"]] == [1]
 

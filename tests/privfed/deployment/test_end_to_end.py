@@ -9,7 +9,7 @@ import pytest
 from privfed import config_io
 from privfed.deployment.hospital import LEDGER
 from tests.privfed.deployment import house
-from tests.privfed.deployment.test_blocks import INSECURE, same_as_in_process
+from tests.privfed.deployment.test_blocks import INSECURE, same_as_in_process, spends
 
 pytest.importorskip("nvflare", reason="the extra [nvflare] is not installed")
 
@@ -25,8 +25,20 @@ def test_a_masked_run_over_three_processes_and_mtls_equals_the_run_in_one(tmp_pa
     path.write_text(config_io.to_toml(config))
     with Loopback(tmp_path, config) as loopback:
         loopback.everybody()
-        out, errors = (submitted := loopback.submit(path)).communicate(timeout=300)
+        looked = loopback.preflight(path)
+        assert all(found["ok"] for found in looked.values()), looked
+        assert looked["a secure sum over zeros"]["found"].startswith("3 sites, ")
+        assert "60 s" in looked["clocks"]["found"] and "privfed " in looked["versions"]["found"]
+        assert not any(spends(tmp_path / site / LEDGER, site) for site in house.SITES)  # nothing is spent
+        submitted = loopback.submit(path)
+        run = loopback.run()
+        watching = loopback.command("coordinator", "watch", loopback.consortium.home, "--json")
+        out, errors = submitted.communicate(timeout=300)
         assert submitted.returncode == 0, errors.decode()
+        seen = [json.loads(line) for line in watching.communicate(timeout=60)[0].splitlines()]
+        assert watching.returncode == 0 and seen[-1]["state"] == "over" and seen[-1]["done"] == config.rounds
+        assert {view["run"] for view in seen} == {run.path.name} and seen[-1]["epsilon"] > 0
+        assert any(view["state"] == "at work" for view in seen)
         summary = json.loads(out)
         assert summary["complete"] and summary["refusals"] == {}
         same_as_in_process(tmp_path, config, loopback.run())

@@ -8,8 +8,9 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from privfed import config_io
 from privfed.deployment import runs
 from privfed.deployment.hospital import LEDGER, Hospital
 from privfed.deployment.site_status import read
+from privfed.federation import RoundReport
 from tests.privfed.deployment import house
 from tests.privfed.deployment.house import SITES
 from tests.privfed.deployment.test_blocks import INSECURE, same_as_in_process, spends
@@ -39,12 +41,12 @@ def federation(tmp_path: Path) -> Iterator["Federation"]:
 class Federation:
     """A consortium at work on a run of `ROUNDS` rounds."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, **more: Any) -> None:
         from tests.privfed.deployment.loopback import Loopback
 
         # Rounds that last long enough to be cut short
         self.config = house.experiment(
-            house.tables(home / "tables"), rounds=ROUNDS, privacy=INSECURE, evaluation={"local_steps": 400}
+            house.tables(home / "tables"), rounds=ROUNDS, privacy=INSECURE, evaluation={"local_steps": 400}, **more
         )
         self.home, self.path = home, home / "experiment.toml"
         self.path.write_text(config_io.to_toml(self.config))
@@ -67,6 +69,13 @@ class Federation:
         while self.loopback.rounds() < rounds:
             assert time.monotonic() < end and self.command.poll() is None, self.command.poll()
             time.sleep(0.02)
+
+    def until(self, happened: Callable[[list[RoundReport]], bool]) -> None:
+        """Return once the rounds so far show it."""
+        end = time.monotonic() + 200
+        while not happened(runs.progress(self.loopback.run())):
+            assert time.monotonic() < end and self.command.poll() is None, self.command.poll()
+            time.sleep(0.1)
 
     def finish(self) -> dict[str, object]:
         """The summary, and nothing lost: what left a site stands in its ledger, and ε is that of its entries."""
