@@ -61,7 +61,7 @@ def check_policy(plan: RoundPlan, policy: Policy, *, insecure: bool) -> None:
                 raise PolicyRefusal(f"policy.{line} = {limit:g}, the plan has privacy.unit = 'none'")
     if policy.require_secure_aggregation and not secure:
         raise PolicyRefusal("policy.require_secure_aggregation = true, the plan has aggregation.kind = 'plain'")
-    _check_names(config, policy)
+    check_names(config, policy)
     if config.privacy.delta > policy.max_delta:
         raise PolicyRefusal(f"policy.max_delta = {policy.max_delta:g}, the plan has delta = {config.privacy.delta:g}")
     if config.privacy.insecure_seed is not None and not insecure:
@@ -80,8 +80,12 @@ def check_policy(plan: RoundPlan, policy: Policy, *, insecure: bool) -> None:
         )
 
 
-def _check_names(config: Config, policy: Policy) -> None:
-    """Return if the plan names nothing that the site's policy does not know."""
+def check_names(config: Config, policy: Policy) -> None:
+    """Return if a configuration names nothing that the site's policy does not know: before anything of it is opened.
+
+    Raises:
+        PolicyRefusal: names the line.
+    """
     for line, asked in (("methods", config.method), ("models", config.model)):
         allowed, name = getattr(policy, line), str(type(asked).__struct_config__.tag)
         if allowed is not None and name not in allowed:

@@ -13,7 +13,7 @@ from privfed.data.tables import Table
 from privfed.errors import PrivfedError
 from privfed.keyring import ledger_key, site_key
 from privfed.noise_levels import noise_levels
-from privfed.policy import check_hours, check_policy
+from privfed.policy import check_hours, check_names, check_policy
 from privfed.privacy import noise
 from privfed.privacy.accountant import Accountant
 from privfed.privacy.errors import PrivacyError
@@ -77,6 +77,7 @@ def would_refuse(hospital: Hospital, config: Config, now: datetime | None = None
         return "it reads another table, or predicts something else, than the consortium agreed on"
     accountant = Accountant()
     try:
+        check_names(config, policy)  # before a module that it names is imported for its size
         plan = _first_plan(hospital, config, accountant)
         check_policy(plan, policy, insecure=hospital.file.study is not None)
         if (reason := _beyond_budget(hospital, plan, accountant)) is not None:

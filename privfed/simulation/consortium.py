@@ -78,14 +78,7 @@ def open_consortium(
         RunFolderError, PrivacyError: the ledger or its key can not be used.
     """
     key = keyring.ledger_key(ledger)
-    identities = {
-        site: Identity(
-            name=site,
-            secagg_private=keyring.site_key(key, site, "secagg"),
-            ledger_private=keyring.site_key(key, site, "ledger"),
-        )
-        for site in members(config, data)
-    }
+    identities = {name: _identity(key, name) for name in members(config, data)}
     public = tuple(identity.member for identity in identities.values())
     roster = Roster(version=1, previous=FIRST_PREVIOUS, members=public)
     seed = config.privacy.insecure_seed
@@ -127,12 +120,8 @@ def open_consortium(
         handlers: dict[str, Handler] = dict(sites)
         if needs_key_holder(config):
             name = config.aggregation.key_holder or KEY_HOLDER
-            key_holder = KeyHolder(
-                identity=identities[name],
-                roster=roster,
-                journal=SQLiteJournal(answered, f"{name}, as key holder"),
-                policy=policy,
-            )
+            role = SQLiteJournal(answered, f"{name}, as key holder")
+            key_holder = KeyHolder(identity=identities[name], roster=roster, journal=role, policy=policy)
             handlers[name] = SiteWithKey(sites[name], key_holder) if name in sites else key_holder
         carrier = LocalEngine(handlers) if together is None else CohortEngine(handlers, together)
         # The ledger is first on disk: what was answered is never ahead of what was spent
@@ -143,6 +132,12 @@ def open_consortium(
         witness = Witness(book, keyring.site_key(key, COORDINATOR, "ledger"), members_of_ledger)
         server_key = noise.derive_key(key, b"coordinator")
         yield Consortium(sites, roster, engine, witness, server_key, SQLiteJournal(answered, ""), answered)
+
+
+def _identity(key: bytes, name: str) -> Identity:
+    """A party's keys, the same ones for the same ledger."""
+    secagg, ledger = (keyring.site_key(key, name, purpose) for purpose in ("secagg", "ledger"))
+    return Identity(name=name, secagg_private=secagg, ledger_private=ledger)
 
 
 def members(config: Config, data: Sites) -> list[str]:

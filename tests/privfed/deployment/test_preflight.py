@@ -19,6 +19,7 @@ from privfed.deployment.inspection import About, Dry, Inspector, Look, Order, Sa
 from privfed.deployment.preflight import _validity
 from privfed.deployment.survey import CLOCK_SECONDS, Finding
 from privfed.engines.local import LocalEngine
+from privfed.models import Factory
 from tests.privfed.deployment import house
 from tests.privfed.deployment.house import SITES
 from tests.privfed.deployment.test_blocks import spends
@@ -201,6 +202,18 @@ def test_a_policy_that_would_refuse_the_experiment_is_told_with_its_line(
     path = consortium.home.parent / "south" / "policy.toml"
     path.write_text(path.read_text() + 'methods = ["ditto"]\n')
     assert wrong(look(consortium, config)) == {"policies": "south: policy.methods = ditto, the plan has 'reptile'"}
+
+
+def test_a_look_imports_nothing_that_the_site_does_not_trust(consortium: Consortium, config: Config) -> None:
+    asked = msgspec.structs.replace(config, model=Factory(factory="never_imported_by_a_look:make"))
+    reply = decode_reply(
+        inspectors(consortium)["north"].handle(msgspec.msgpack.encode(Look(msgspec.msgpack.encode(asked))))
+    )
+    assert isinstance(reply, About)
+    assert (
+        reply.refuses
+        == "the plan names 'never_imported_by_a_look:make', which policy.trusted of this site does not list"
+    )
 
 
 def test_a_dry_sum_is_one_an_order_and_of_a_size_that_the_site_allows(consortium: Consortium) -> None:
