@@ -3,6 +3,7 @@
 import json
 import stat
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import msgspec
@@ -169,6 +170,36 @@ def test_a_site_tells_beforehand_what_it_would_refuse(consortium: Consortium, co
     costly = house.experiment(config.data.files, privacy={"target_epsilon": 9.0})  # type: ignore[union-attr]
     assert "max_epsilon" in (would_refuse(site, costly) or "")
     assert read(site).epsilon == 0.0 and read(site).runs == ()
+
+
+@pytest.mark.parametrize(
+    ("line", "settings", "told"),
+    [
+        ('methods = ["ditto"]', {}, "policy.methods = ditto, the plan has 'reptile'"),
+        ('models = ["cnn"]', {}, "policy.models = cnn, the plan has 'mlp'"),
+        ("minimum_noise_multiplier = 1000.0", {}, "policy.minimum_noise_multiplier = 1000, the plan has"),
+        ("max_epsilon_per_run = 2.5", {}, "policy.max_epsilon_per_run = 2.5, the plan has target_epsilon = 3"),
+        (
+            "max_epsilon_per_run = 0.1",
+            {"privacy": {"noise_multiplier": 4.0}},
+            "policy.max_epsilon_per_run = 0.1, all rounds of the run would spend",
+        ),
+        ("max_epsilon_per_run = 3.5", {}, None),
+        ('hours = "20:00-06:00"', {}, "policy.hours = 20:00-06:00, here it is 12:30"),
+        ('hours = "08:00-18:00"', {}, None),
+    ],
+)
+def test_each_line_of_a_policy_is_told_beforehand(
+    consortium: Consortium, config: Config, line: str, settings: dict[str, object], told: str | None
+) -> None:
+    site = hospital(consortium)
+    asked = house.experiment(config.data.files, **settings)  # type: ignore[union-attr]
+    path = site.home / "policy.toml"
+    path.write_text(f"{path.read_text()}{line}\n")
+    answer = would_refuse(site, asked, datetime.fromisoformat("2026-03-01T12:30"))
+    assert answer == told if told is None else answer is not None and answer.startswith(told)
+    said = words.agreement(site.terms, site.policy, name="north", data="")
+    assert line.split(" = ", 1)[1].strip('[]"').removesuffix(".0") in said
 
 
 def test_a_run_needs_a_roster_and_three_sites(tmp_path: Path, config: Config) -> None:
