@@ -3,7 +3,9 @@
 Real processes: the server and its job, each site and its job. Wall clock, all on one machine: with ten sites on two
 cores the sites wait for each other, as they would not in their own hospitals.
 
-    python benchmarks/deployment.py [--quick] [--json FILE] [--check]
+    python benchmarks/deployment.py [--rows DIR] [--quick] [--json FILE] [--check]
+
+With --rows a killed benchmark goes on where it was: each case in turn, on whatever evening the machine is quiet.
 """
 
 import json
@@ -12,7 +14,9 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +62,14 @@ def rounds(folder: Path) -> tuple[float, ...]:
     return tuple(json.loads(line)["seconds"] for line in lines)[1:]
 
 
-def deployed(report: Report, sites: int, size: str, repeats: int) -> None:
+Figures = dict[str, float | list[float]]
+"""Row → seconds of each repeat, or GiB."""
+
+CASES = {(3, "1e5"): 9, (3, "1e6"): 4, (10, "1e5"): 4, (10, "1e6"): 2}
+"""Sites and parameters → rounds that are timed."""
+
+
+def deployed(sites: int, size: str, repeats: int) -> Figures:
     from tests.privfed.deployment.loopback import Loopback
 
     with tempfile.TemporaryDirectory() as name:
@@ -86,19 +97,20 @@ def deployed(report: Report, sites: int, size: str, repeats: int) -> None:
             over = rounds(loopback.run().path)
         inside = rounds(privfed.run(config, out=home / "in-process").folder)
         label = f"{sites} sites, {size} parameters"
-        report.add(f"{label}: a round, over mTLS", Timing(over))
-        report.add(f"{label}: a round, in one process", Timing(inside))
-        report.add(
-            f"{label}: a round more than in one process", statistics.median(over) - statistics.median(inside), "seconds"
-        )
-        report.add(f"{label}: memory of the server's job", peak["server"], "GiB")
-        report.add(f"{label}: memory of a site's job", peak["site"], "GiB")
+        return {
+            f"{label}: a round, over mTLS": list(over),
+            f"{label}: a round, in one process": list(inside),
+            f"{label}: a round more than in one process": statistics.median(over) - statistics.median(inside),
+            f"{label}: memory of the server's job": peak["server"],
+            f"{label}: memory of a site's job": peak["site"],
+        }
 
 
-def exchanges(report: Report, repeats: int) -> None:
+def exchanges(repeats: int) -> Figures:
     from tests.privfed.engines import flare_rig
 
-    sites, found = ("a", "b", "c"), {}
+    sites = ("a", "b", "c")
+    found: Figures = {}
     sizes = {"empty exchange, 3 sites": 0, "exchange of 4 MB each way, 3 sites": 4_000_000}
     with tempfile.TemporaryDirectory() as name, _quiet():
         with flare_rig.quick_certificates():
@@ -110,18 +122,56 @@ def exchanges(report: Report, repeats: int) -> None:
                     began = time.perf_counter()
                     assert len(rig.exchange(dict.fromkeys(sites, b"echo " + bytes(size)), 60.0)) == 3
                     seconds.append(time.perf_counter() - began)
-                found[label] = Timing(tuple(seconds[1:]))
-    for label, timing in found.items():
-        report.add(label, timing)
+                found[label] = seconds[1:]
+    return found
+
+
+def preflight() -> Figures:
+    """From the command to its last line: starting a job at each site is most of it."""
+    from tests.privfed.deployment.loopback import Loopback
+
+    with tempfile.TemporaryDirectory() as name:
+        home = Path(name)
+        config = house.experiment(house.tables(home / "tables"), privacy=INSECURE, model={"hidden": HIDDEN["1e5"]})
+        (home / "experiment.toml").write_text(config_io.to_toml(config))
+        with _quiet(), Loopback(home, config) as loopback:
+            loopback.everybody()
+            seconds = []
+            for _ in range(3):
+                began = time.perf_counter()
+                assert all(found["ok"] for found in loopback.preflight(home / "experiment.toml").values())
+                seconds.append(time.perf_counter() - began)
+        return {"preflight, 3 sites, 1e5 parameters": seconds}
+
+
+def kept(rows: Path | None, name: str, measure: Callable[[], Figures]) -> Figures:
+    """What a case measured, or had measured when it was last here."""
+    path = rows / f"{name}.json" if rows else None
+    if path is not None and path.exists():
+        found: Figures = json.loads(path.read_text())
+        return found
+    found = measure()
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found))
+    return found
 
 
 def main() -> None:
-    options = parse(__doc__)
+    options = parse(__doc__, resumable=True)
     report = Report("deployment", packages=("nvflare", "torch", "cryptography"))
-    exchanges(report, 5 if options.quick else 50)
-    cases = [(3, "1e5")] if options.quick else [(3, "1e5"), (3, "1e6"), (10, "1e5"), (10, "1e6")]
-    for sites, size in cases:
-        deployed(report, sites, size, 2 if options.quick else 9)
+    figures = kept(options.rows, "exchange", lambda: exchanges(5 if options.quick else 50))
+    if not options.quick:
+        figures |= kept(options.rows, "preflight", preflight)
+    for (sites, size), repeats in list(CASES.items())[: 1 if options.quick else None]:
+        repeats = 2 if options.quick else repeats
+        measure = partial(deployed, sites, size, repeats)
+        figures |= kept(options.rows, f"{sites} sites, {size}", measure)
+    for label, value in figures.items():
+        if isinstance(value, list):
+            report.add(label, Timing(tuple(value)))
+        else:
+            report.add(label, value, "GiB" if "memory" in label else "seconds")
     report.finish(options, BARS)
 
 

@@ -330,14 +330,14 @@ def _summarised(
     return summarize(
         config,
         run=federation.run,
-        spent={name: site.spent(delta) for name, site in sites.items()},
-        insecure=any(site.insecure_spends for site in sites.values()),
+        spent={name: site.book.spent(delta) for name, site in sites.items()},
+        insecure=any(site.book.insecure_spends for site in sites.values()),
         simulated=ready.data.simulated,
         noise_multiplier=ready.noise_multiplier,
         reports=reports,
         retired=federation.retired,
         stopped_early=stalled(reports, config.metric, config.evaluation.patience) and len(reports) < config.rounds,
-        exposed=[site.exposures(deployment, delta, colluders) for site in sites.values() if config.method.sends],
+        exposed=[site.book.exposures(deployment, delta, colluders) for site in sites.values() if config.method.sends],
         seconds=seconds,
     )
 

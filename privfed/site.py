@@ -7,7 +7,7 @@ the ledger has the spend on disk before the vector that it paid for exists in an
 
 import hashlib
 import logging
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from datetime import datetime
@@ -28,12 +28,10 @@ from privfed.crypto.packing import IntVector
 from privfed.crypto.plain import PlainClient
 from privfed.crypto.roster import Identity, Roster
 from privfed.privacy import noise
-from privfed.privacy.accountant import Accountant, Epsilon
-from privfed.privacy.adversaries import Deployment, Exposure, exposures
-from privfed.privacy.budget import Budget
-from privfed.privacy.errors import BudgetExhausted, ChargeConflict, NoGuarantee, PrivacyError
-from privfed.privacy.events import Charge, NoiseSite, PrivacyUnit, from_canonical_json, to_canonical_json
-from privfed.privacy.ledger import Entry, Ledger, utc_now
+from privfed.privacy.accountant import Accountant
+from privfed.privacy.errors import BudgetExhausted, NoGuarantee, PrivacyError
+from privfed.privacy.events import Charge, PrivacyUnit
+from privfed.privacy.ledger import Ledger, utc_now
 from privfed.privacy.oracle.door import Door
 from privfed.privacy.oracle.together import Oracle
 from privfed.privacy.releases import Standardisation
@@ -46,26 +44,22 @@ from .config import Config, Policy, SideNoise
 from .contribution import Contribution, contribute
 from .data.records import SiteData
 from .doors import Network, Split, check_units, few, local_door, split
-from .errors import LedgerKeyError, PrivfedError
+from .errors import PrivfedError
 from .methods import Local, State
 from .policy import OutsideHours, PolicyRefusal, check_hours, check_policy
-from .schedule import check_schedule, keeps_pace
-from .seals import seal
+from .site_book import Attempt, SiteBook
 from .standardisation import DEVIATION, MEAN, check_standardisation, inputs_range, unit_means
 from .terms import (
     Grid,
     Schema,
     Summand,
     build_model,
-    cohort_in,
-    deployment_of,
     first_states,
     key_holder_of,
     network_size,
     parameter_count,
     plan_encoding,
     planned_charges,
-    run_of,
     session_of,
     side_charge,
     side_encoding,
@@ -78,13 +72,9 @@ MAX_PARAMETER = 1e4
 
 
 @dataclass
-class _Round:
-    """An attempt in progress at one of a round's sums."""
+class _Round(Attempt):
+    """And how far it is."""
 
-    plan: wire.RoundPlan
-    purpose: wire.Purpose
-    context: bytes
-    encoding: Summand
     client: AggregationClient | None = None
     in_shares: bool = False  # the final charge depends on who contributes
 
@@ -179,16 +169,18 @@ class Site:
         self._fingerprint = data.fingerprint(fingerprint_key)
         # One book for a site, whatever its table holds today: a record that was there last year is still in it after
         # another was added, and its ε must not start again.
-        self._dataset = noise.derive_key(fingerprint_key, b"ledger", self.name.encode()).hex()
+        self.book = SiteBook(
+            name=self.name,
+            dataset=noise.derive_key(fingerprint_key, b"ledger", self.name.encode()).hex(),
+            records=self._fingerprint,
+            ledger=ledger,
+            accountant=accountant,
+            policy=policy,
+            insecure=insecure,
+        )
         self._begun: tuple[str, int] | None = None
         self._measured: tuple[str, int] | None = None
-        if any(line.entry.dataset != self._dataset for line in ledger.entries(self.name)):
-            raise LedgerKeyError(
-                f"the ledger of {self.name} was written under another key: its spends would be forgotten. "
-                "Restore the key file from your copy"
-            )
-        self._ledger, self._accountant, self._clock = ledger, accountant, clock
-        self._journal, self._pool = _Replayable(journal), pool
+        self._journal, self._pool, self._clock = _Replayable(journal), pool, clock
         self._self_test, self._verify = self_test or SelfTest(), verify
         self._network, self._oracle = network, oracle
         self._noise_key, self._split_key = noise_key, split_key
@@ -261,31 +253,6 @@ class Site:
             logger.info("%s refuses: %s", self.name, reply.reason)
         return wire.encode(reply)
 
-    def spent(self, delta: float) -> Epsilon:
-        """ε of everything that the ledger holds for this site's records, all runs together."""
-        return self._accountant.epsilon(self._ledger.charges(self.name, self._dataset), delta)
-
-    def exposures(self, deployment: Deployment, delta: float, colluders: Sequence[int]) -> tuple[Exposure, ...]:
-        """The same ε against each adversary; empty without a claim. Each release counts as it was made, in its run."""
-        if deployment.unit is PrivacyUnit.NONE:
-            return ()
-        spends: dict[tuple[object, ...], Entry] = {}
-        for line in self._ledger.entries(self.name):
-            entry = line.entry
-            if entry.charges:  # a settlement takes the place of its reserve
-                spends[entry.kind == "charge", entry.run, entry.round, entry.attempt] = entry
-        made: dict[Deployment, list[Charge]] = {deployment: []}
-        for entry in spends.values():
-            how = from_canonical_json(entry.metadata["deployment"].encode(), Deployment)
-            made.setdefault(how, []).extend(entry.charges)
-        charges = made.pop(deployment)
-        return exposures(deployment, charges, delta, self._accountant, colluders=colluders, others=made.items())
-
-    @property
-    def insecure_spends(self) -> bool:
-        """Whether some release of this site, in whatever run, had noise that others can recompute: its ε is void."""
-        return any(line.entry.insecure_seed for line in self._ledger.entries(self.name) if line.entry.charges)
-
     # One round
 
     def _begin(self, message: wire.Begin) -> bytes:
@@ -299,12 +266,11 @@ class Site:
         check_units(config, self._data)
         context = wire.context(message.plan, message.state)
         current = _Round(plan, message.purpose, context, self._encoding(plan, state, message.purpose))
-        if config.privacy.unit is not PrivacyUnit.NONE and not self._charged(current):
-            prior, planned = self._ledger.charges(self.name, self._dataset), self._planned(current)
-            self._afford(config, prior, planned)
-            self._afford_in_run(current, planned)
-            if message.purpose == "update":
-                self._keep_pace(plan)
+        if config.privacy.unit is not PrivacyUnit.NONE and not self.book.has(current):
+            self.book.require_affordable(current, self._planned(current))
+            if message.purpose == "update" and config.privacy.schedule != "constant":
+                size = update_size(config, plan.features, parameter_count(config, self._schema))
+                self.book.require_pace(current, size)
         session = session_of(plan, context, current.encoding, message.purpose)
         current.client = self._client(plan, session, lambda: self._contribute(current, state))
         self._current, self._begun = current, (plan.run, plan.round)
@@ -358,7 +324,8 @@ class Site:
             raise wire.WireError(f"{self.name} has no round {message.round} in progress")
         reply = current.client.receive(message.payload)
         if current.in_shares and isinstance(current.client, MaskedClient) and current.client.summed:
-            self._settle(current, current.client.summed)
+            (planned,) = self._planned(current)
+            self.book.settle(current, planned, current.client.summed)
         return reply
 
     def _contribute(self, current: "_Round", state: State) -> IntVector:
@@ -377,10 +344,10 @@ class Site:
         except Exception:
             # It may be about a record, and the refusal tells that it happened: that is not for nothing
             if planned := self._planned(current):
-                self._book(current, planned, in_shares=False)
+                self.book.book(current, planned, in_shares=False)
             raise
         current.in_shares = given.in_shares
-        self._book(current, given.charges, in_shares=given.in_shares)
+        self.book.book(current, given.charges, in_shares=given.in_shares)
         if current.purpose == "update":
             self._after = (plan.round, given.shared)
         return given.vector
@@ -444,49 +411,6 @@ class Site:
         outputs = evaluation.outputs_of(build_model(config, self._schema), state["theta"], records.test.inputs)
         return figures.counted(config, records.test, outputs)
 
-    def _book(self, current: "_Round", charges: tuple[Charge, ...], *, in_shares: bool) -> None:
-        """Have the spend on disk; refuse it if it is beyond the budget."""
-        config = current.plan.config
-        entry = self._entry(current, charges)
-        claimed = config.privacy.unit is not PrivacyUnit.NONE
-        check = (lambda prior, new: self._afford(config, prior, new)) if claimed else None
-        if claimed:
-            self._afford_in_run(current, charges)
-        if in_shares:
-            self._ledger.reserve(msgspec.structs.replace(entry, kind="reserve"), check)
-        else:
-            self._ledger.charge(entry, check)
-
-    def _settle(self, current: "_Round", summed: tuple[int, ...]) -> None:
-        """Book the noise that the sum really carries: this site has checked who is in it, by their signatures."""
-        (planned,) = self._planned(current)
-        event = current.encoding.event(len(summed))  # type: ignore[union-attr]  # in shares: it is no Grid
-        entry = self._entry(current, (msgspec.structs.replace(planned, event=event),))
-        who = ",".join(map(str, summed))
-        metadata = {**entry.metadata, "summed": hashlib.sha256(who.encode()).hexdigest()}
-        self._ledger.settle(msgspec.structs.replace(entry, kind="settle", metadata=metadata))
-
-    def _entry(self, current: "_Round", charges: tuple[Charge, ...]) -> Entry:
-        plan, config = current.plan, current.plan.config
-        noise_site = config.privacy.noise if current.purpose == "update" else NoiseSite.DISTRIBUTED
-        deployment = deployment_of(config, cohort_in(plan), noise_site)
-        return Entry(
-            site=self.name,
-            dataset=self._dataset,
-            run=run_of(plan.run, current.purpose),
-            round=plan.round,
-            attempt=plan.attempt,
-            unit=plan.config.privacy.unit,
-            noise=noise_site,
-            charges=charges,
-            insecure_seed=self._insecure,
-            metadata={
-                "context": current.context.hex(),
-                "records": self._fingerprint,
-                "deployment": to_canonical_json(deployment).decode(),
-            },
-        )
-
     def _evaluate(self, message: wire.Evaluate) -> wire.Measurement:
         plan, state = self._accept(message.plan, message.state, measuring=True)
         unseen = self._held_out(plan.config)
@@ -518,9 +442,9 @@ class Site:
         def figure(theta: Tensor) -> float | None:
             return config.task.score(outputs(theta), records.test.targets, config.metric)
 
-        spent = self.spent(config.privacy.delta)
+        spent = self.book.spent(config.privacy.delta)
         epsilon = None if config.privacy.unit is PrivacyUnit.NONE else spent.value
-        word = self._seal(plan, spent)
+        word = self.book.sealed(plan, spent, time=self._clock(), private=self._identity.ledger_private)
         if not self._policy.release_figures or not self._shows_figures(config):
             return wire.Measurement(0, None, None, None, None, epsilon, word)
         loss = config.task.loss(outputs(state["theta"]), records.test.targets)
@@ -545,22 +469,6 @@ class Site:
         if name not in self._baselines:
             self._baselines[name] = alone.personalize(state, {}, {"theta": start}, door)["theta"]
         return self._baselines[name]
-
-    def _seal(self, plan: wire.RoundPlan, spent: Epsilon) -> bytes:
-        """This site's signed word on what stands in its ledger."""
-        chain = self._ledger.entries(self.name)
-        return seal(
-            ledger=self._ledger.id,
-            site=self.name,
-            dataset=self._dataset,
-            last=chain[-1] if chain else None,
-            genesis=self._ledger.head(self.name),
-            run=plan.run,
-            round=plan.round,
-            spent=spent,
-            time=self._clock(),
-            private=self._identity.ledger_private,
-        )
 
     def _shows_figures(self, config: Config) -> bool:
         """Whether the run wants this site's own exact figures."""
@@ -621,84 +529,11 @@ class Site:
         promised = (plan.config, fixed, plan.side_noise)
         if self._run == (plan.run, promised):
             return
-        config = plan.config
-        terms = hashlib.sha256(msgspec.msgpack.encode(promised)).hexdigest()
-        entry = Entry(
-            kind="run",
-            site=self.name,
-            dataset=self._dataset,
-            run=plan.run,
-            round=0,
-            unit=config.privacy.unit,
-            noise=config.privacy.noise,
-            insecure_seed=self._insecure,
-            metadata={"terms": terms, "method": str(type(config.method).__struct_config__.tag)},
-        )
-        try:
-            self._ledger.begin_run(entry)
-        except ChargeConflict:
-            raise PolicyRefusal("the configuration of a run must not change between its rounds") from None
+        self.book.begin_run(plan, promised)
         if self._run is not None and self._run[0] != plan.run:
             self._split, self._private, self._local_only, self._measured = None, None, None, None
             self._shared, self._after = None, None
         self._run = (plan.run, promised)
-
-    def _charged(self, current: _Round) -> bool:
-        """Whether this very attempt stands in the ledger: a process killed in it does it again, and pays once."""
-        plan = current.plan
-        key = (run_of(plan.run, current.purpose), plan.round, plan.attempt)
-        recorded = (line.entry for line in self._ledger.entries(self.name) if line.entry.kind in ("charge", "reserve"))
-        return any((entry.run, entry.round, entry.attempt) == key for entry in recorded)
-
-    def _afford(self, config: Config, prior: tuple[Charge, ...], new: tuple[Charge, ...]) -> None:
-        """Raise `BudgetExhausted` unless the site's own budget allows ``new``; without one, the run's target holds."""
-        budget = Budget(epsilon=config.privacy.target_epsilon, delta=config.privacy.delta)
-        if self._policy.max_epsilon is not None:
-            budget = Budget(epsilon=self._policy.max_epsilon, delta=self._policy.delta)
-        budget.ensure(self._accountant, prior, new, site=self.name)
-
-    def _afford_in_run(self, current: _Round, new: tuple[Charge, ...]) -> None:
-        """Raise `PolicyRefusal` unless the site's policy allows one run ``new`` beside what it has spent."""
-        limit = self._policy.max_epsilon_per_run
-        if limit is None:
-            return
-        try:
-            budget = Budget(epsilon=limit, delta=self._policy.delta)
-            budget.ensure(self._accountant, self._spent_in(current.plan, but=current), new, site=self.name)
-        except BudgetExhausted as error:
-            raise PolicyRefusal(
-                f"policy.max_epsilon_per_run = {limit:g}, round {current.plan.round} would bring the run to "
-                f"{error.would_be:.4g} (δ = {self._policy.delta:g})"
-            ) from None
-
-    def _spent_in(self, plan: wire.RoundPlan, but: _Round | None = None) -> tuple[Charge, ...]:
-        """What one run has spent here, with all that it adds up; ``but`` a sum that is done again."""
-        sums = {run_of(plan.run, purpose) for purpose in wire.PURPOSES}
-        again = None if but is None else (run_of(plan.run, but.purpose), plan.round, plan.attempt)
-        spends: dict[tuple[str, int, int], tuple[Charge, ...]] = {}
-        for line in self._ledger.entries(self.name):
-            entry = line.entry
-            key = (entry.run, entry.round, entry.attempt)
-            if entry.run in sums and entry.charges and key != again:  # a settlement takes the place of its reserve
-                spends[key] = entry.charges
-        return tuple(charge for charges in spends.values() for charge in charges)
-
-    def _keep_pace(self, plan: wire.RoundPlan) -> None:
-        """Raise `PolicyRefusal` if a plan that chooses its noise spends more now than leaves enough for the rest."""
-        config = plan.config
-        if config.privacy.schedule == "constant":
-            return
-        check_schedule(config)
-        before = self._spent_in(plan)
-        size = update_size(config, plan.features, parameter_count(config, self._schema))
-        rounds = config.rounds - plan.round
-        if rounds < 1 or not keeps_pace(
-            config, cohort_in(plan), size, plan.noise_multiplier, before, rounds, self._accountant
-        ):
-            raise PolicyRefusal(
-                f"the plan has noise_multiplier = {plan.noise_multiplier:g} in round {plan.round}, which leaves too "
-                f"little of privacy.target_epsilon = {config.privacy.target_epsilon:g} for the rounds after it"
-            )
 
     # The doors
 

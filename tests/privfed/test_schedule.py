@@ -74,7 +74,7 @@ def federation(house: House, config: Config, done: tuple[RoundReport, ...] = ())
 def bookings(house: House, site: str) -> Iterator[float]:
     """ε of a site's chain after every entry: what stands in its ledger if it is killed there."""
     chain = house.ledger.entries(site)
-    spends = Spends(chain, house.sites[site]._dataset)
+    spends = Spends(chain, house.sites[site].book.dataset)
     for line in chain:
         yield ACCOUNTANT.epsilon(spends.upto(line.sequence), DELTA).value
 
@@ -147,7 +147,7 @@ def test_a_coordinator_can_not_spend_ahead(house: House) -> None:
     assert isinstance(answer, wire.Refusal) and answer.final
     answer = begin(0.6 * honest, ROUNDS)
     assert isinstance(answer, wire.Refusal) and answer.kind == "policy"
-    assert house.ledger.charges("a", site._dataset) == ()
+    assert house.ledger.charges("a", site.book.dataset) == ()
 
 
 def test_a_coordinator_that_forgets_dropouts_ends_in_the_budget(house: House) -> None:

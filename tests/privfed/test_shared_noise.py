@@ -187,11 +187,11 @@ def test_a_run_costs_what_was_planned_to_the_last_round(
         settled = spends(house, "settle", name)
         if not in_shares or kind == "homomorphic":  # nobody tells an encrypting site who is in the sum
             assert settled == []
-            assert house.sites[name].spent(1e-5).value == ACCOUNTANT.epsilon(worst, 1e-5).value
+            assert house.sites[name].book.spent(1e-5).value == ACCOUNTANT.epsilon(worst, 1e-5).value
             continue
         ((_, _, (charge,)), _) = settled
         assert charge == Charge(msgspec.structs.replace(skellam(planned.event), shares=5), 1, planned.group)
-        assert house.sites[name].spent(1e-5).value < ACCOUNTANT.epsilon(worst, 1e-5).value
+        assert house.sites[name].book.spent(1e-5).value < ACCOUNTANT.epsilon(worst, 1e-5).value
 
 
 @pytest.mark.parametrize("unit", [RECORD, PATIENT])
@@ -260,7 +260,7 @@ def test_a_settlement_counts_the_shares_that_are_in_the_sum(tmp_path: Path) -> N
             assert len(reserved) == 1 and settled == []  # its vector left, and was lost: it counts as shown
         else:
             assert skellam(settled[0][2][0].event).shares == 5 == skellam(reserved[0][2][0].event).shares
-    assert house.sites["c"].spent(1e-5).value == house.sites["a"].spent(1e-5).value  # five were the fewest
+    assert house.sites["c"].book.spent(1e-5).value == house.sites["a"].book.spent(1e-5).value  # five were the fewest
 
 
 def test_a_site_lost_after_its_vector_is_in_the_sum_and_keeps_its_reserve(tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_a_site_lost_after_its_vector_is_in_the_sum_and_keeps_its_reserve(tmp_pa
     assert report.contributed == tuple("abcdefg")
     assert skellam(spends(house, "settle", "a")[0][2][0].event).shares == 7
     assert spends(house, "settle", "c") == [] and len(spends(house, "reserve", "c")) == 1
-    assert house.sites["c"].spent(1e-5).value > house.sites["a"].spent(1e-5).value
+    assert house.sites["c"].book.spent(1e-5).value > house.sites["a"].book.spent(1e-5).value
 
 
 def test_below_the_smallest_cohort_nothing_is_released_and_the_reserves_stay(tmp_path: Path) -> None:
@@ -667,7 +667,9 @@ def test_whatever_fails_on_the_records_costs_what_the_sum_would_have(
 
 def exposed(house: House, settings: Config) -> dict[tuple[Adversary, int], float | None]:
     cohort = cohort_of(settings, house.n)
-    lines = house.sites["a"].exposures(deployment_of(settings, cohort), 1e-5, worthwhile_colluders(settings, cohort))
+    lines = house.sites["a"].book.exposures(
+        deployment_of(settings, cohort), 1e-5, worthwhile_colluders(settings, cohort)
+    )
     return {(line.adversary, line.colluders): line.epsilon.value if line.epsilon else None for line in lines}
 
 
@@ -687,7 +689,7 @@ def test_each_adversary_is_charged_for_the_noise_that_it_does_not_know(tmp_path:
         (Adversary.COALITION, 2): pytest.approx(knowing(2)),  # what the noise is made for
         (Adversary.COALITION, 4): pytest.approx(knowing(4)),  # the threshold: they open every vector
     }
-    assert house.sites["a"].spent(1e-5).value == seen[Adversary.COALITION, 2]
+    assert house.sites["a"].book.spent(1e-5).value == seen[Adversary.COALITION, 2]
 
 
 def test_figures_in_shares_beside_local_noise_are_read_by_the_shares(tmp_path: Path) -> None:

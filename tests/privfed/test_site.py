@@ -249,9 +249,9 @@ def test_a_spent_budget_refuses_and_writes_nothing(house: House) -> None:
         round += 1
         assert round < 20
     assert isinstance(reply, wire.Refusal) and (reply.kind, reply.final) == ("budget", True)
-    assert f"site 'a' has spent ε = {site.spent(1e-5).value:.6g} of 1.5" in reply.reason
+    assert f"site 'a' has spent ε = {site.book.spent(1e-5).value:.6g} of 1.5" in reply.reason
     assert round > 0 and len(house.charged("a")) == round
-    assert site.spent(1e-5).value <= 1.5 * (1 + 1e-6)
+    assert site.book.spent(1e-5).value <= 1.5 * (1 + 1e-6)
     # another run on the same records finds the spend; the site's own limit is above the plan's
     again = house.start("a", policy=Policy(max_epsilon=1.5))
     generous = changed(PLAIN, "privacy", target_epsilon=100.0)
@@ -296,7 +296,9 @@ def test_a_run_without_a_claim_never_reaches_the_private_door_and_books_an_infin
     assert isinstance(ask(house.sites["a"], begin(house.plan(free))), wire.Answer)
     assert asked == [1]
     assert [line.entry.site for line in house.charged()] == ["a"]
-    assert house.sites["a"].spent(1e-5).value == math.inf  # a later private run on these records can not claim less
+    assert (
+        house.sites["a"].book.spent(1e-5).value == math.inf
+    )  # a later private run on these records can not claim less
 
 
 # What it repeats
@@ -395,7 +397,7 @@ def test_a_policy_with_a_name_that_nothing_has_is_no_policy() -> None:
 
 
 def first_cost(house: House) -> float:
-    return house.sites["a"].spent(1e-5).value
+    return house.sites["a"].book.spent(1e-5).value
 
 
 def test_the_same_round_on_another_model_is_refused_after_a_restart(house: House) -> None:
@@ -453,16 +455,16 @@ def test_no_record_shows_in_a_reply_a_log_or_a_repr(house: House, caplog: pytest
     for secret in (site._noise_key, site._identity.secagg_private, site._identity.ledger_private):
         assert secret not in b"".join(replies)
     measured = wire.decode_reply(replies[1])
-    assert isinstance(measured, wire.Measurement) and measured.epsilon == site.spent(1e-5).value > 0
+    assert isinstance(measured, wire.Measurement) and measured.epsilon == site.book.spent(1e-5).value > 0
 
 
 def test_another_record_in_the_table_does_not_start_epsilon_again(house: House) -> None:
     run = house.federation(config(rounds=1))
     list(run.rounds())
-    before = house.sites["a"].spent(1e-5).value
+    before = house.sites["a"].book.spent(1e-5).value
     grown = house.start("a", data=records(ord("a"), n=41))
     assert grown.fingerprint != house.sites["a"].fingerprint
-    assert grown.spent(1e-5).value == before > 0
+    assert grown.book.spent(1e-5).value == before > 0
 
 
 def test_exact_figures_are_given_once_a_round(house: House) -> None:

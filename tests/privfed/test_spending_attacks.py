@@ -69,7 +69,7 @@ def test_every_further_attempt_is_paid_for_until_the_pace_or_the_budget_ends_it(
         assert len(spends(house, "reserve", "a")) == attempt + 1
     assert 1 <= len(totals) < 6  # the run was planned for six releases in all
     assert len({total.tobytes() for total in totals}) == len(totals)
-    assert house.sites["a"].spent(1e-5).value <= SPEND.privacy.target_epsilon * (1 + 1e-6)
+    assert house.sites["a"].book.spent(1e-5).value <= SPEND.privacy.target_epsilon * (1 + 1e-6)
 
 
 def test_a_site_that_is_shown_more_sites_than_the_others_does_not_settle(tmp_path: Path) -> None:
@@ -120,10 +120,10 @@ def test_a_run_named_like_another_ones_figures_gets_nothing_for_free(tmp_path: P
     plan = house.plan(settings, side_noise=wire.SideNoise(figures=5.0))
     assert isinstance(drive(house, plan, state_of())[0], AggregationResult)
     assert isinstance(drive(house, plan, state_of(), "figures")[0], AggregationResult)
-    booked = house.ledger.charges("a", house.sites["a"]._dataset)
+    booked = house.ledger.charges("a", house.sites["a"].book.dataset)
     result, refused, sent = drive(house, house.plan(claim(), run="r/figures"), state_of())
     assert isinstance(result, AggregationError) and "a" in refused and vectors(sent) == 0
-    assert house.ledger.charges("a", house.sites["a"]._dataset) == booked
+    assert house.ledger.charges("a", house.sites["a"].book.dataset) == booked
 
 
 def test_two_runs_at_once_can_not_both_have_the_last_of_a_budget(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_two_runs_at_once_can_not_both_have_the_last_of_a_budget(tmp_path: Path)
     assert "a" in refused and "0.9" in refused["a"] and vectors(sent) == 0
     assert isinstance(result, AggregationError)
     for name in house.names:
-        assert house.sites[name].spent(1e-5).value <= 0.9
+        assert house.sites[name].book.spent(1e-5).value <= 0.9
 
 
 def spends_after(house: House) -> list[tuple[str, int, tuple[Charge, ...]]]:
