@@ -25,6 +25,7 @@ PREFLIGHT = "preflight"
 """Folder at the coordinator: an experiment that a job looks at, and what it found."""
 
 SOON = timedelta(days=30)
+_CONNECT_SECONDS = 20.0
 _JOB_SECONDS = 300.0
 
 
@@ -48,10 +49,11 @@ def check(
     try:
         terms = consortium.terms
         findings.append(Finding("server", True, f"{terms.host}:{terms.port} answers over mTLS"))
-        roster, here = consortium.roster(), set(jobs.clients(session))
+        roster = consortium.roster()
         if roster is None:
             return tuple(findings)
         members = {member.name for member in roster.members}
+        here = _wait_for(members, session)
         findings += _connected(members, here)
         if members & here:
             waiting(f"asking {len(members & here)} sites, and adding up zeros")
@@ -130,6 +132,14 @@ def _plan(consortium: Consortium, config: Config | None) -> Iterator[Finding]:
         yield Finding("experiment", True, f"it can run; noise multiplier {noise:g}")
     except (PrivfedError, PrivacyError) as error:
         yield Finding("experiment", False, str(error), "change the experiment's file")
+
+
+def _wait_for(members: set[str], session: Any) -> set[str]:
+    """Who is connected, when all are or the time is over: one that was just started needs a while."""
+    end = time.monotonic() + _CONNECT_SECONDS
+    while not members <= (here := set(jobs.clients(session))) and time.monotonic() < end:
+        time.sleep(1.0)
+    return here
 
 
 def _connected(members: set[str], here: set[str]) -> Iterator[Finding]:
