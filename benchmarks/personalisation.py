@@ -260,10 +260,10 @@ def main() -> None:
     torch.set_num_threads(1)
     report = Report("personalisation", packages=("torch", "scikit-learn", "pandas", "numpy"))
     kept = Rows(options.rows)
-    seeds, number = (1, 2) if options.quick else (5, 6)
+    seeds, most = (1, 2) if options.quick else (5, None)
     same_as_run(report, kept, quick=options.quick)
 
-    rows = measure(report, heart_disease(), kept, seeds=seeds, number=number)
+    rows = measure(report, heart_disease(), kept, seeds=seeds, most=most)
     adapted = [label for label in rows if label not in (BEFORE, POOLED, "local")]
     best_row(report, "heart", rows, adapted)
     others(report, "heart", rows, adapted)
@@ -272,7 +272,7 @@ def main() -> None:
 
     for column in ("HOSPNUM",) if options.quick else ("HOSPNUM", "COUNTRY"):
         federation = stroke_trial(column)
-        rows = measure(report, federation, kept, seeds=seeds, number=number)
+        rows = measure(report, federation, kept, seeds=seeds, most=most)
         there = [label for label in adapted if label in rows]
         best = best_row(report, federation.name, rows, there)
         label = f"{federation.name}: best personalised, chosen on validation"
@@ -281,7 +281,7 @@ def main() -> None:
         others(report, federation.name, rows, there)
     private_strokes(report, kept, seeds=seeds)
 
-    rows = measure(report, digits(), kept, seeds=seeds, number=number)
+    rows = measure(report, digits(), kept, seeds=seeds, most=most)
     others(report, "digits", rows, ("reptile", "fomaml", "maml", "per-fedavg", "meta-sgd", "anil"))
     report.finish(options, BARS)
 

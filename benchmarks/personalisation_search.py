@@ -186,7 +186,10 @@ def compare(report: Report, name: str, ours: Values, theirs: Values) -> None:
     report.add(name, over.mean, f"± {over.half_width:.2g}, paired")
 
 
-def measure(report: Report, federation: Federation, kept: Rows, *, seeds: int, number: int) -> dict[str, list[Row]]:
+def measure(
+    report: Report, federation: Federation, kept: Rows, *, seeds: int, most: int | None
+) -> dict[str, list[Row]]:
+    number = min(federation.tried, most or federation.tried)
     report.section(
         f"{federation.name}: mean over sites, {seeds} seeds, {number} settings a method, {federation.rounds} rounds"
     )

@@ -87,6 +87,7 @@ class Federation:
         checked: the same for each fold of the search, test records left out.
         methods: those that run here.
         fixed: settings that are not searched.
+        tried: how many settings a method is searched over.
         hidden: every method runs on the hidden layer.
         pooled: logistic regression on all records is a row too.
         one_search: with the first seed, for all of them: no record that it sees is measured with any seed.
@@ -101,6 +102,7 @@ class Federation:
     checked: Callable[[Config, int], list[tuple[Splits, Splits | None]]]
     methods: tuple[str, ...]
     fixed: Mapping[str, int | float] = field(default_factory=dict)
+    tried: int = 6
     hidden: bool = False
     pooled: bool = True
     one_search: bool = False
@@ -263,6 +265,7 @@ def digits() -> Federation:
         hidden=True,
         pooled=False,
         one_search=True,
+        tried=16,  # of six, some methods' were all bad
         data=Table(
             file="",  # the records come from `writers`
             site="writer",
