@@ -21,6 +21,8 @@ from .models import MLP, Network
 from .tasks import Classification, Cox, Rating, Regression, Survival
 from .transfer import Everything, Transfer
 
+AGGREGATIONS = ("masked", "homomorphic", "plain")
+
 
 class Section(msgspec.Struct, frozen=True):
     """A table of the configuration file."""
@@ -133,7 +135,7 @@ class Aggregation(Section, frozen=True, forbid_unknown_fields=True, kw_only=True
     kind: Annotated[
         str,
         Meta(
-            pattern="^(masked|homomorphic|plain)$",
+            pattern=f"^({'|'.join(AGGREGATIONS)})$",
             description='"masked" (the server sees the sum), "homomorphic" (so too, with a key holder), "plain"',
         ),
     ] = "masked"
@@ -272,6 +274,12 @@ class Policy(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     models: Annotated[
         tuple[str, ...] | None, Meta(description="the only model.name that a site trains; default all")
     ] = None
+    units: Annotated[
+        tuple[str, ...] | None, Meta(description="the only privacy.unit that a site accepts; default all")
+    ] = None
+    aggregations: Annotated[
+        tuple[str, ...] | None, Meta(description="the only aggregation.kind that a site accepts; default all")
+    ] = None
     hours: Annotated[
         Annotated[str, Meta(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")] | None,
         Meta(description='a site\'s local hours in which it begins rounds, "20:00-06:00"; default all'),
@@ -301,8 +309,13 @@ class Policy(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     require_secure_aggregation: Annotated[bool, Meta(description="refuse plain aggregation")] = False
 
     def __post_init__(self) -> None:
-        for key, union in (("methods", Method), ("models", Network)):
-            known = [str(kind.__struct_config__.tag) for kind in get_args(union)]
+        known_names = {
+            "methods": [str(kind.__struct_config__.tag) for kind in get_args(Method)],
+            "models": [str(kind.__struct_config__.tag) for kind in get_args(Network)],
+            "units": [unit.value for unit in PrivacyUnit],
+            "aggregations": AGGREGATIONS,
+        }
+        for key, known in known_names.items():
             for name in getattr(self, key) or ():
                 if name not in known:
                     raise ValueError(f"policy.{key}: there is no {name!r}; there are {', '.join(known)}")

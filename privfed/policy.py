@@ -86,8 +86,14 @@ def check_names(config: Config, policy: Policy) -> None:
     Raises:
         PolicyRefusal: names the line.
     """
-    for line, asked in (("methods", config.method), ("models", config.model)):
-        allowed, name = getattr(policy, line), str(type(asked).__struct_config__.tag)
+    asked = {
+        "methods": str(type(config.method).__struct_config__.tag),
+        "models": str(type(config.model).__struct_config__.tag),
+        "units": config.privacy.unit.value,
+        "aggregations": config.aggregation.kind,
+    }
+    for line, name in asked.items():
+        allowed = getattr(policy, line)
         if allowed is not None and name not in allowed:
             raise PolicyRefusal(f"policy.{line} = {', '.join(allowed) or 'none'}, the plan has {name!r}")
     for name in opened(config):

@@ -49,7 +49,12 @@ def _narrower(policy: Policy) -> list[str]:
         lines.append(f"  at most ε = {policy.max_epsilon_per_run:g} of it in one run;")
     if policy.minimum_noise_multiplier is not None:
         lines.append(f"  no noise below {policy.minimum_noise_multiplier:g} times the clip;")
-    for kind, names in (("method", policy.methods), ("model", policy.models)):
+    for kind, names in (
+        ("method", policy.methods),
+        ("model", policy.models),
+        ("privacy unit", policy.units),
+        ("aggregation", policy.aggregations),
+    ):
         if names is not None:
             lines.append(f"  no other {kind} than {', '.join(names) or 'none at all'};")
     if policy.hours is not None:

@@ -176,6 +176,8 @@ def test_a_site_tells_beforehand_what_it_would_refuse(consortium: Consortium, co
     ("line", "settings", "told"),
     [
         ('methods = ["ditto"]', {}, "policy.methods = ditto, the plan has 'reptile'"),
+        ('units = ["patient"]', {}, "policy.units = patient, the plan has 'record'"),
+        ('aggregations = ["homomorphic"]', {}, "policy.aggregations = homomorphic, the plan has 'masked'"),
         ('models = ["cnn"]', {}, "policy.models = cnn, the plan has 'mlp'"),
         ("minimum_noise_multiplier = 1000.0", {}, "policy.minimum_noise_multiplier = 1000, the plan has"),
         ("max_epsilon_per_run = 2.5", {}, "policy.max_epsilon_per_run = 2.5, the plan has target_epsilon = 3"),
