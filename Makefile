@@ -29,7 +29,7 @@ lint: .venv/.ready-dev
 	touch $@
 
 .venv/.ready-dev: .venv/.ready
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,nvflare]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,nvflare,sql]'
 	touch $@
 
 # Faults and intrusions of a deployment over real processes: kill -9, full disks, cut lines, other authorities. Half an hour.

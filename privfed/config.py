@@ -13,6 +13,7 @@ from privfed.privacy.events import MAX_RECORDS, NoiseSite, PrivacyUnit
 from privfed.privacy.units import PatientSampling
 
 from .data.arrays import Arrays
+from .data.queries import Query
 from .data.sources import BreastCancer
 from .data.tables import Table
 from .methods import Method, Reptile, Weighted
@@ -321,7 +322,7 @@ class Policy(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
                     raise ValueError(f"policy.{key}: there is no {name!r}; there are {', '.join(known)}")
 
 
-Data = BreastCancer | Table | Arrays
+Data = BreastCancer | Table | Query | Arrays
 Target = Classification | Regression | Rating | Survival | Cox
 
 

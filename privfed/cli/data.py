@@ -41,16 +41,20 @@ def list_(json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] 
 
 @app.command()
 def describe(
-    name: Annotated[str, typer.Argument(help="A name from `privfed data list`.")],
+    name: Annotated[str, typer.Argument(help="A name from `privfed data list`, or a database file (.toml).")],
     json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
 ) -> None:
-    """Layout, licence, checksums and where to get a known data set."""
+    """Layout, licence, checksums and where to get a known data set; or the columns of a database's query."""
     import dataclasses
     import difflib
 
     from privfed.data import catalog
+    from privfed.data.databases import is_database
     from privfed.errors import ConfigError
 
+    if is_database(name):
+        _describe_database(name, json=json)
+        return
     known = next((one for one in catalog.KNOWN if one.name == name), None)
     if known is None:
         names = [one.name for one in catalog.KNOWN]
@@ -70,9 +74,23 @@ def describe(
         typer.echo(f"           sha256 {file.sha256}")
 
 
+def _describe_database(file: str, *, json: bool) -> None:
+    import dataclasses
+
+    from privfed.data.queries import describe
+
+    columns = describe(file)
+    if json:
+        print_json([dataclasses.asdict(column) for column in columns])
+        return
+    typer.echo(f"{file}: the query has {len(columns)} columns (no record was read)")
+    for column in columns:
+        typer.echo(f"  {column.name:<32} {column.type or 'of a type that the database does not tell'}")
+
+
 @app.command()
 def check(
-    file: Annotated[str, typer.Argument(help="A CSV (also .gz) or Parquet file.")],
+    file: Annotated[str, typer.Argument(help="A CSV (also .gz), Parquet or database file (.toml).")],
     label: Annotated[str | None, typer.Option("--label", help="The column to predict.")] = None,
     site: Annotated[str | None, typer.Option("--site", help="The column that names the hospital.")] = None,
     json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,

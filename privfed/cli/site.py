@@ -20,7 +20,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 def init(
     home: Home,
     kit: Annotated[Path, typer.Option("--kit", help="What the coordinator sent back.")],
-    data: Annotated[Path, typer.Option("--data", help="This site's table.")],
+    data: Annotated[Path, typer.Option("--data", help="This site's table: CSV, Parquet, or a database file (.toml).")],
     authority: Annotated[str, typer.Option("--authority", help="The fingerprint that you heard from the coordinator.")],
     policy: Annotated[
         Path | None, typer.Option("--policy", help="A policy.toml of your own [default: a strict one]")

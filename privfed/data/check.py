@@ -14,7 +14,9 @@ import pandas as pd
 from privfed.errors import DataError
 
 from .columns import canonical, rows
-from .files import looks_like_record, read_frame, separator_of
+from .databases import is_database
+from .files import looks_like_record
+from .queries import read_any
 
 MISSING = ("", "NA", "N/A", "NaN", "nan", "?", ".", "null", "NULL", "None")
 _FEW_VALUES = 12
@@ -54,16 +56,15 @@ def check(file: str, *, label: str | None, site: str | None, maximum_rows: int =
     """Look at a table.
 
     Args:
-        file: CSV or Parquet.
+        file: CSV, Parquet or a database file.
         label, site: the columns to predict and to group by; guessed from their names when None.
         maximum_rows: larger tables are refused.
 
     Raises:
         DataError: the table can not be read, or a named column is not in it.
     """
-    separator = separator_of(file)
-    frame = read_frame(file, None, separator=separator, maximum_rows=maximum_rows)
-    if looks_like_record(list(frame.columns)):
+    frame, separator = read_any(file, maximum_rows=maximum_rows)
+    if not is_database(file) and looks_like_record(list(frame.columns)):
         raise DataError(
             f"the first line of {file} looks like a record, not like column names: add a line of names, or give them "
             "in data.header"
@@ -76,7 +77,8 @@ def check(file: str, *, label: str | None, site: str | None, maximum_rows: int =
     result = Check(len(frame))
     # The name heads the report: not the embedded example's
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", PurePath(file).name.split(".")[0])[:64].strip("-") or "my-run"
-    lines = [f"name = {_quoted(name)}", "", "[data]", 'source = "csv"', f"file = {_quoted(file)}"]
+    source = "sql" if is_database(file) else "csv"
+    lines = [f"name = {_quoted(name)}", "", "[data]", f'source = "{source}"', f"file = {_quoted(file)}"]
     lines += [f"separator = {_quoted(separator)}"] if separator != "," else []
     decimal = _decimal_of(frame)
     lines += [f"decimal = {_quoted(decimal)}"] if decimal != "." else []

@@ -121,7 +121,7 @@ def _read_csv(
     path: Path, columns: Sequence[str] | None, header: Sequence[str], separator: str, maximum_rows: int
 ) -> pd.DataFrame:
     names = list(header) or _header_of(path, separator)
-    wanted = _wanted(path, names, columns)
+    wanted = wanted_columns(path, names, columns)
     batches, count = [], 0
     with _opened(path) as file:
         quotes = _Quotes(file)
@@ -138,7 +138,7 @@ def _read_csv(
             schema = reader.schema
             for batch in reader:
                 count += batch.num_rows
-                _refuse_large(path, count, maximum_rows)
+                refuse_large(path, count, maximum_rows)
                 batches.append(batch)
     if quotes.count % 2:  # what follows the open one was read as a single cell
         raise DataError(f"can not read {path} as a table: a quotation mark is never closed")
@@ -148,14 +148,14 @@ def _read_csv(
 
 def _read_parquet(path: Path, columns: Sequence[str] | None, maximum_rows: int) -> pd.DataFrame:
     with arrow.parquet.ParquetFile(path) as file:
-        _refuse_large(path, file.metadata.num_rows, maximum_rows)
-        wanted = _wanted(path, file.schema_arrow.names, columns)
+        refuse_large(path, file.metadata.num_rows, maximum_rows)
+        wanted = wanted_columns(path, file.schema_arrow.names, columns)
         table = file.read(columns=wanted)
-    return pd.DataFrame({name: _texts(table.column(name)) for name in wanted})
+    return pd.DataFrame({name: texts(table.column(name)) for name in wanted})
 
 
-def _texts(values: Any) -> "pd.Series[str]":
-    """A Parquet column as the same table's CSV file has it: no value is an empty text."""
+def texts(values: Any) -> "pd.Series[str]":
+    """An Arrow column as the same table's CSV file has it: no value is an empty text."""
     kind = values.type
     if arrow.types.is_dictionary(kind):
         values = values.cast(kind.value_type)
@@ -170,8 +170,8 @@ def _texts(values: Any) -> "pd.Series[str]":
     return filled
 
 
-def _wanted(path: Path, names: Sequence[str], columns: Sequence[str] | None) -> list[str]:
-    """The columns to read, if the file has each of them once."""
+def wanted_columns(path: Path | str, names: Sequence[str], columns: Sequence[str] | None) -> list[str]:
+    """The columns to read, if the table has each of them once. Raises `DataError` if it has not."""
     wanted = list(dict.fromkeys(names if columns is None else columns))
     absent = [name for name in wanted if name not in names]
     if absent:
@@ -227,7 +227,8 @@ def _not_utf8(path: Path) -> str:
     )
 
 
-def _refuse_large(path: Path, count: int, maximum_rows: int) -> None:
+def refuse_large(path: Path | str, count: int, maximum_rows: int) -> None:
+    """Return if a table is not too large. Raises `DataError`."""
     if count > maximum_rows:
         raise DataError(
             f"{path} has more than {maximum_rows:,} rows: raise data.maximum_rows if this machine has the memory "

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from privfed.errors import ConfigError, DataError
 
 from .columns import canonical, numbers
+from .databases import is_database
 from .files import read_frame, separator_of
 from .partition import Partition, Uncut
 
@@ -78,8 +79,10 @@ def split(
 
     Raises:
         DataError: the table can not be read, or lacks a column.
-        ConfigError: the cut does not fit it.
+        ConfigError: the cut does not fit it, or the table is a database's.
     """
+    if is_database(file):
+        raise ConfigError("rows of a database have no numbers: cut them in a run, data.partition = { kind = ... }")
     frame = read_frame(file, None, separator=separator_of(file), maximum_rows=maximum_rows)
     column = getattr(partition, "column", None)
     by = partition if isinstance(partition, str) else None

@@ -166,12 +166,15 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     def _part(self, site: str, file: str, task: Task, seed: int) -> "_Part":
         """One file's records."""
-        columns = [name for name in self.needed(task) if not (name == self.site and site)]
-        frame = read_frame(file, columns, header=self.header, separator=self.separator, maximum_rows=self.maximum_rows)
+        frame = self._frame(file, [name for name in self.needed(task) if not (name == self.site and site)])
         try:
             return self._encoded(frame, site, task, seed)
         except DataError as error:
             raise DataError(f"{file}: {error}") from None
+
+    def _frame(self, file: str, columns: list[str]) -> pd.DataFrame:
+        """These columns of a file, as `read_frame` gives them."""
+        return read_frame(file, columns, header=self.header, separator=self.separator, maximum_rows=self.maximum_rows)
 
     def _encoded(self, frame: pd.DataFrame, site: str, task: Task, seed: int) -> "_Part":
         missing = frozenset(self.missing_values)

@@ -13,8 +13,8 @@ from msgspec import Meta
 from privfed.config import Policy
 from privfed.crypto.journal import JournalFile, SQLiteJournal
 from privfed.crypto.roster import Identity, Roster, accept, load_roster
+from privfed.data.queries import at_site
 from privfed.data.records import SiteData, public_split_key
-from privfed.data.tables import Table
 from privfed.errors import DataError
 from privfed.key_holder import KeyHolder
 from privfed.keyring import ledger_key, site_key
@@ -67,7 +67,7 @@ class SiteFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """site.toml: what only this site decides beside its policy.
 
     Args:
-        data: path of its own table.
+        data: path of its own table, or of its database file.
         study: never set at a hospital.
     """
 
@@ -123,7 +123,7 @@ class Hospital:
 
         Args:
             authority: hex key, or its fingerprint, learnt from a person and not from the kit.
-            data: the site's table.
+            data: the site's table, or its database file.
             policy: written if the site has none yet.
 
         Raises:
@@ -210,8 +210,7 @@ class Hospital:
 
     def records(self) -> SiteData:
         """The site's own records, as the consortium agreed to read them. Raises `DataError`."""
-        table: Table = msgspec.structs.replace(self.terms.data, files={self.file.name: self.file.data})
-        sites = table.load(seed=0, task=self.terms.task).sites
+        sites = at_site(self.terms.data, self.file.name, self.file.data).load(seed=0, task=self.terms.task).sites
         if set(sites) != {self.file.name}:
             raise DataError(f"{self.file.data} has no usable record")
         return sites[self.file.name]

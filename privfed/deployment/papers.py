@@ -67,10 +67,10 @@ def schema_of(terms: Terms) -> Schema:
 
 
 def agreed(data: Table) -> Table:
-    """What a consortium agrees on of a table: not where a file lies, nor how sites are told apart."""
-    return msgspec.structs.replace(
-        data, file=None, files={"": ""}, site=None, minimum_records=1, maximum_rows=Table.__struct_defaults__[-1]
-    )
+    """What a consortium agrees on of a table: not where or what a file is, nor how sites are told apart."""
+    given = {name: getattr(data, name) for name in Table.__struct_fields__}
+    own = {"file": None, "files": {"": ""}, "site": None, "minimum_records": 1}
+    return Table(**given | own | {"maximum_rows": Table.__struct_defaults__[-1]})
 
 
 class _Application(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
