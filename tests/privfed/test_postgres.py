@@ -2,6 +2,8 @@
 
 import json
 import logging
+import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -265,3 +267,27 @@ def test_a_site_whose_query_does_not_fit_is_told_before_a_record_is_read(
             house.Hospital.open(tmp_path / "north").records()
     assert "column 'area': missing" in str(refusal.value)
     assert "column 'texture': its type timestamptz holds no numbers" in str(refusal.value)
+
+
+def test_the_page_on_databases_works_as_it_is_written(tmp_path: Path, server: postgres.Server) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "databases.md").read_text(encoding="utf-8")
+    (view,) = re.findall(r"```sql\n(.*?)```", page, flags=re.DOTALL)
+    (file,) = re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL)
+    server.do(
+        "CREATE TABLE patients (patient_id int, born date, sex int)",
+        "CREATE TABLE stays (stay_id int, patient_id int, admitted date, systolic_mmhg int, outcome text, "
+        "consented bool)",
+        "INSERT INTO patients VALUES (1, '1950-03-01', 2), (2, '1960-01-01', 1)",
+        "INSERT INTO stays VALUES (7, 1, '2020-03-02', 131, 'dead', true), (8, 2, '2020-01-01', NULL, 'home', false)",
+        *(statement for statement in view.split(";") if statement.strip()),
+        f"ALTER ROLE privfed PASSWORD '{PASSWORD}'",
+    )
+    asked = tomllib.loads(file)
+    assert asked["url"].startswith("postgresql://privfed@") and "sslmode=verify-full" in asked["url"]
+    frame = read_query(file_of(tmp_path, server, asked["query"], user="privfed"), None, **MAXIMUM)
+    assert frame.to_dict("records") == [
+        {"record": "7", "age": "70", "pressure": "131", "sex": "F", "outcome": "1"},
+    ]
+    assert "GRANT SELECT" in told(file_of(tmp_path, server, "SELECT * FROM patients", user="privfed"))
+    read_only = {"url": asked["url"], "query": asked["query"], "timeout_seconds": asked["timeout_seconds"]}
+    assert set(asked) == {*read_only, "password_file"}
