@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".toml"
 _LOG = "privfed"
-_SECRET_KEY = re.compile(r"pass(word|wd)?$|pwd|secret|token", re.IGNORECASE)
+_SECRET = re.compile(r"(pass(word|wd)?|pwd|secret|token)\s*=", re.IGNORECASE)
 _SQLITE_STEPS = 10_000
 """Steps of SQLite's machine between two looks at the clock: some milliseconds."""
 
@@ -130,7 +130,7 @@ def _address(file: str, text: str, parse: Callable[[str], "URL"]) -> "URL":
         url = parse(text)
     except Exception:  # its message may quote the text
         raise DataError(f"{file}: url is none; postgresql://USER@HOST:PORT/NAME, sqlite:///FILE") from None
-    if url.password is not None or any(_SECRET_KEY.search(key) for key in url.query):
+    if url.password is not None or any(_SECRET.search(f"{key}={value}") for key, value in url.query.items()):
         raise DataError(
             f"{file}: a password stands in url: take it out, change it, and name password_file or password_env"
         )
@@ -175,10 +175,11 @@ def _engine(file: str, url: "URL", settings: Database, folder: Path, late: Calla
 
 
 def _keep_digits(connection: Any, _record: Any) -> None:
-    """A numeric's digits as the server sends them: Python's decimals are slow to make, and become texts again."""
+    """Numbers as the texts that the server sends: they become texts again, and Python's numbers are slow to make."""
     from psycopg.types.string import TextLoader
 
-    connection.adapters.register_loader("numeric", TextLoader)
+    for kind in ("int2", "int4", "int8", "float4", "float8", "numeric"):
+        connection.adapters.register_loader(kind, TextLoader)
 
 
 def _open_sqlite(path: Path, late: Callable[[], bool]) -> sqlite3.Connection:

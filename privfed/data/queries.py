@@ -78,8 +78,9 @@ class Query(Table, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_fi
     def _frame(self, file: str, columns: list[str]) -> pd.DataFrame:
         frame = read_query(file, columns, maximum_rows=self.maximum_rows)
         # A database promises no order, and a round that is done again must see the same records in the same places
-        content = pd.util.hash_pandas_object(frame, index=False).to_numpy()
-        return frame.iloc[content.argsort(kind="stable")]
+        told_apart = frame if self.id is None else frame[self.id]
+        order = pd.util.hash_pandas_object(told_apart, index=False).to_numpy().argsort(kind="stable")
+        return frame.iloc[order]
 
 
 def at_site(agreed: Table, site: str, file: str) -> Table:
@@ -147,17 +148,17 @@ def read_query(
         asked = _asked(settings.query)
         names = [column.name for column in _described(connection, asked)]
         wanted = wanted_columns(f"{file}: the query", names, columns)
-        portions: dict[str, list[pd.Series[str]]] = {name: [] for name in wanted}
+        portions: dict[str, list[Any]] = {name: [] for name in wanted}
         count = 0
         for rows in _portions(connection, asked, wanted):
             count += len(rows)
             refuse_large(f"{file}: the query", count, maximum_rows)
             require_time()
             for name, cells in zip(wanted, zip(*rows, strict=True), strict=True):
-                portions[name].append(texts(_column(cells)))
+                portions[name].append(_column(cells))
     if not count:
         raise DataError(f"{file}: the query gives no record")
-    frame = pd.DataFrame({name: pd.concat(portions.pop(name), ignore_index=True) for name in wanted})
+    frame = pd.DataFrame({name: _joined(portions.pop(name)) for name in wanted})
     frame.index = pd.RangeIndex(1, count + 1)
     return frame
 
@@ -212,3 +213,12 @@ def _column(cells: Sequence[Any]) -> Any:
         return arrow.array(cells, from_pandas=False)
     except (arrow.ArrowException, OverflowError):
         return arrow.array([None if cell is None else str(cell) for cell in cells])
+
+
+def _joined(arrays: list[Any]) -> "pd.Series[str]":
+    """A column's texts. A portion without a value, or a type that the driver changed on the way, changes nothing."""
+    kinds = {array.type for array in arrays} - {arrow.null()}
+    if len(kinds) < 2:
+        kind = next(iter(kinds), arrow.string())
+        return texts(arrow.chunked_array([array.cast(kind) for array in arrays]))
+    return pd.concat([texts(array) for array in arrays], ignore_index=True)

@@ -193,6 +193,7 @@ def test_a_query_that_takes_too_long_is_ended(tmp_path: Path) -> None:
         f"postgresql://me@db/x?password={SECRET}",
         f"postgresql://me@db/x?sslpassword={SECRET}",
         f"mssql+pyodbc://me@db/x?PWD={SECRET}",
+        f"mssql+pyodbc:///?odbc_connect=DRIVER%3DX%3BUID%3Dme%3BPwd%3D{SECRET}",
     ],
 )
 def test_a_password_in_the_url_is_refused_and_not_told(tmp_path: Path, url: str) -> None:

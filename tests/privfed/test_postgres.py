@@ -195,7 +195,7 @@ def test_all_types_are_read_as_their_texts(tmp_path: Path, server: postgres.Serv
     )
     frame = read_query(file_of(tmp_path, server, query), None, **MAXIMUM)
     assert frame.iloc[0].tolist()[:11] == [
-        *("12.50", "0.1", "1e-300", "9007199254740993", " x ", "", "", "2020-02-01", "a  ", "", "1")
+        *("12.50", "0.1", "1e-300", "9007199254740993", " x ", "", "NaN", "2020-02-01", "a  ", "", "1")
     ]
 
 
