@@ -1,7 +1,7 @@
 """A site with a million records in PostgreSQL: how long it takes to start and what memory; beside CSV and Parquet.
 
-The benchmark starts a PostgreSQL server of its own (as nobody, if it is root), and one site for each kind of data, each in a
-process of its own: from the start of Python until the site would answer. The records are random, and the same in all three.
+The benchmark starts a PostgreSQL server of its own (as nobody, if it is root), and one site for each kind of data, in
+a process of its own: from the start of Python until the site would answer. The same random records are in all three.
 
     python benchmarks/sql.py [--quick] [--json FILE] [--check]
 """

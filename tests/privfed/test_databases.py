@@ -7,6 +7,7 @@ import random
 import sqlite3
 import tomllib
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from privfed.errors import ConfigError, DataError
 from privfed.tasks import Classification
 from tests.privfed.test_tables import settings, split
 
-pytest.importorskip("sqlalchemy", reason="the extra [sql] is not installed")
+pytestmark = pytest.mark.skipif(find_spec("sqlalchemy") is None, reason="the extra [sql] is not installed")
 
 SECRET = "Xk7Plantedcell"
 ROWS = [("ABC"[i % 3], 20 + i, "MF"[i % 2], i // 2 % 2) for i in range(24)]

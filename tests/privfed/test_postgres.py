@@ -5,6 +5,7 @@ import logging
 import re
 import tomllib
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from tests.privfed.deployment import house
 from tests.privfed.test_databases import MAXIMUM, ODD, ROWS, SECRET, as_csv, fingerprints, written
 from tests.privfed.test_tables import settings, split
 
-pytest.importorskip("psycopg", reason="the extra [sql] is not installed")
-pytestmark = pytest.mark.skipif(
-    postgres.binaries() is None, reason="no PostgreSQL server is installed: apt-get install postgresql"
-)
+pytestmark = [
+    pytest.mark.skipif(find_spec("psycopg") is None, reason="the extra [sql] is not installed"),
+    pytest.mark.skipif(postgres.binaries() is None, reason="no PostgreSQL server is here: apt-get install postgresql"),
+]
 
 PASSWORD = "Pw9Plantedpassword"
 EVERY = "SELECT hospital, age, sex, out FROM records"
