@@ -71,7 +71,7 @@ class Query(Table, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_fi
         files = self.files if self.file is None else {"": self.file}
         for site, file in files.items():
             if faults := misfits(self, task or Classification(), describe(file), site=site):
-                told = "; ".join(f"column {name!r}: {fault}" for name, fault in faults.items())
+                told = "; ".join(f"column {name!r} {fault}" for name, fault in faults.items())
                 raise DataError(f"{file}: the query does not give what was agreed on. {told}")
         return super().load(seed=seed, task=task)
 
@@ -124,9 +124,9 @@ def misfits(table: Table, task: Task, columns: Sequence[QueryColumn], *, site: s
             continue
         low, high = (1.0, float(column.count)) if isinstance(column, Item) else column.range
         if given.kind == "other":
-            faults[column.name] = f"its type {given.type} holds no numbers: cast it in the query"
+            faults[column.name] = f"has the type {given.type}, which holds no numbers: cast it in the query"
         elif given.limits is not None and (given.limits[1] < low or high < given.limits[0]):
-            faults[column.name] = f"its type {given.type} holds nothing in [{low:g}, {high:g}]"
+            faults[column.name] = f"has the type {given.type}, which holds nothing in [{low:g}, {high:g}]"
     return faults
 
 

@@ -26,7 +26,9 @@ from privfed.crypto.homomorphic.messages import KEY_HOLDER_STEPS
 from privfed.crypto.journal import MemoryJournal
 from privfed.crypto.masking.client import MaskedClient
 from privfed.data.columns import Numeric, numbers
+from privfed.data.databases import is_database
 from privfed.data.files import column_names, read_frame
+from privfed.data.queries import describe, misfits
 from privfed.data.tables import Table
 from privfed.errors import DataError, PrivfedError
 from privfed.privacy.errors import PrivacyError
@@ -249,9 +251,13 @@ class Inspector:
 def column_faults(table: Table, task: Target, file: str) -> dict[str, str]:
     """Agreed columns that a site's file lacks, or that hold something else: name → what is wrong.
 
+    A database is asked for its columns and types alone: no record is read.
+
     Raises:
         DataError: the file is no table at all.
     """
+    if is_database(file):
+        return misfits(table, task, describe(file))
     there = set(column_names(file, header=table.header, separator=table.separator))
     wanted = table.needed(task)
     faults = {name: "missing" for name in wanted if name not in there}

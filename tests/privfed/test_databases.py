@@ -11,7 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -27,9 +29,13 @@ from privfed.data.queries import Query, at_site, describe, misfits, read_query
 from privfed.data.records import Sites
 from privfed.data.split import split as cut
 from privfed.data.tables import Table
-from privfed.deployment import papers
+from privfed.deployment import papers, survey
+from privfed.deployment.hospital import Hospital
+from privfed.deployment.inspection import Inspector
+from privfed.engines.local import LocalEngine
 from privfed.errors import ConfigError, DataError
 from privfed.tasks import Classification
+from tests.privfed.deployment import house
 from tests.privfed.test_tables import settings, split
 
 pytestmark = pytest.mark.skipif(find_spec("sqlalchemy") is None, reason="the extra [sql] is not installed")
@@ -131,7 +137,7 @@ def test_an_id_column_must_name_each_record_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("query", "message"),
     [
-        ("SELECT hospital, age, sex FROM t", "column 'out': missing"),
+        ("SELECT hospital, age, sex FROM t", "column 'out' missing"),
         ("SELECT * FROM t WHERE 0", "gives no record"),
         (f"SELECT * FROM {SECRET}", "names what is not there"),
         (f"SELECT {SECRET} FROM t", "names what is not there"),
@@ -354,8 +360,8 @@ def test_types_that_can_not_hold_what_was_agreed_on_are_named() -> None:
         *(queries.QueryColumn(name, "text", "text") for name in ("hospital", "out")),
     ]
     assert misfits(table, Classification(), given) == {
-        "a": "its type date holds no numbers: cast it in the query",
-        "b": "its type int2 holds nothing in [50000, 90000]",
+        "a": "has the type date, which holds no numbers: cast it in the query",
+        "b": "has the type int2, which holds nothing in [50000, 90000]",
         "e": "missing",
     }
 
@@ -364,3 +370,30 @@ def test_numbers_keep_their_digits(tmp_path: Path) -> None:
     numbers = [0.1, 1 / 3, 1e-300, 2**60, -7]
     frame = read_query(database(tmp_path, [("A", value, "M", 0) for value in numbers]), ["age"], **MAXIMUM)
     assert np.array_equal(frame["age"].astype(float).to_numpy(), np.array(numbers, dtype=float))
+
+
+def test_a_preflight_names_the_columns_that_a_query_lacks_and_nothing_of_the_query(tmp_path: Path) -> None:
+    paths = house.tables(tmp_path / "tables")
+    names = "radius, texture, perimeter, smoothness, compactness, label"
+    with sqlite3.connect(tmp_path / "t.db") as connection:
+        pd.read_csv(paths["north"]).to_sql("t", connection, index=False)
+    connection.close()
+    lacking = f"SELECT {names} FROM t WHERE abs(-9223372036854775808 + 0 * label) > 0"  # no record can be read
+    config = house.experiment(paths, model={"hidden": [4]})
+    with house.without_flare():
+        consortium = house.found(tmp_path, config, study=False)
+        own = tmp_path / "north" / "site.toml"
+        file = written(tmp_path, url="sqlite:///t.db", query=lacking)
+        own.write_text(own.read_text().replace(paths["north"], file))
+
+        def look() -> dict[str, survey.Finding]:
+            sites = {site: Inspector(lambda site=site: Hospital.open(tmp_path / site)) for site in house.SITES}
+            engine = LocalEngine(sites)
+            found = survey.survey(consortium, config, survey.Order.new(), engine, lambda names: names)
+            return {finding.what: finding for finding in found if not finding.ok}
+
+        assert {what: finding.found for what, finding in look().items()} == {"columns": "north: column 'area' missing"}
+        reply = Inspector(lambda: Hospital.open(tmp_path / "north")).handle(msgspec.msgpack.encode(survey.Look()))
+        assert b"SELECT" not in reply and b"sqlite" not in reply and b"t.toml" not in reply
+        written(tmp_path, url="sqlite:///t.db", query=f"SELECT {names}, area FROM t")
+        assert look() == {}
