@@ -4,6 +4,7 @@ No sockets, clock, log or global randomness in here: bytes go in, bytes come out
 has waited long enough. Whoever is missing when the caller closes a phase has dropped out.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -74,6 +75,12 @@ def default_parameters(n: int) -> Parameters:
     return Parameters(degree=degree, threshold=threshold, minimum_cohort=n - n // 10, colluders=n // 10)
 
 
+def among(indices: tuple[int, ...], index: int) -> bool:
+    """Whether increasing ``indices`` hold ``index``: every client asks, and none goes through them all."""
+    place = bisect_left(indices, index)
+    return place < len(indices) and indices[place] == index
+
+
 @dataclass(frozen=True, kw_only=True)
 class Session:
     """What every party of one attempt agrees on before a byte is sent.
@@ -139,6 +146,14 @@ class Session:
             raise ValueError(
                 f"bound must keep 2·n·bound + 1 below 2^{MAX_BITS}, got {self.bound} for n = {n}; coarsen the scale"
             )
+
+    def __hash__(self) -> int:
+        """Of what tells sessions apart: all of a large cohort would be gone through at every look into a cache."""
+        return hash((self.run, self.round, self.attempt, self.context))
+
+    def invites(self, client: int) -> bool:
+        """Whether the cohort has this client."""
+        return among(self.cohort, client)
 
     @property
     def bits(self) -> int:

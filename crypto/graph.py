@@ -1,7 +1,7 @@
 """Who masks with whom and who holds whose shares."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
@@ -50,7 +50,8 @@ class Graph:
         return position
 
 
-def build(members: Sequence[int], *, degree: int | None, th: bytes) -> Graph:
+@lru_cache(maxsize=2)  # the clients of a simulation build the same one
+def build(members: tuple[int, ...], *, degree: int | None, th: bytes) -> Graph:
     """The graph every party of a session computes alike.
 
     Args:
@@ -64,7 +65,7 @@ def build(members: Sequence[int], *, degree: int | None, th: bytes) -> Graph:
     `degree`. The complete graph has nothing to grind.
     """
     if degree is None or len(members) <= degree + 1:
-        return Graph(tuple(members), None)
+        return Graph(members, None)
     draws = np.frombuffer(keystream(digest("secagg/1/graph", th), 8 * len(members)), dtype="<u8")
     order = np.argsort(draws, kind="stable")  # equal draws, of chance n²/2^65, are the same for everyone too
     return Graph(tuple(members[place] for place in order.tolist()), degree // 2)

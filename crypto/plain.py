@@ -40,10 +40,14 @@ class PlainServer:
 
     def __init__(self, *, session: Session) -> None:
         self.phase = "ready"
-        self.waiting: frozenset[int] = frozenset()
+        self._waiting: set[int] = set()
         self._session, self._sid = session, session_id(session, b"")
         self._total = np.zeros(session.dim, dtype=word_dtype(session.bits))
         self._result: AggregationResult | None = None
+
+    @property
+    def waiting(self) -> frozenset[int]:
+        return frozenset(self._waiting)
 
     @property
     def done(self) -> bool:
@@ -58,13 +62,13 @@ class PlainServer:
     def start(self) -> dict[int, bytes]:
         if self.phase != "ready":
             raise LocalProtocolError("start() may be called once; make a new machine for a new attempt")
-        self.phase, self.waiting = SUBMISSION, frozenset(self._session.cohort)
+        self.phase, self._waiting = SUBMISSION, set(self._session.cohort)
         return {client: encode(Invitation(sid=self._sid)) for client in self._session.cohort}
 
     def receive(self, client: int, message: bytes) -> None:
         if self.phase != SUBMISSION:
             raise LocalProtocolError(f"receive() in phase {self.phase}")
-        if client not in self.waiting:
+        if client not in self._waiting:
             raise RemoteProtocolError(f"client {client} was not asked or has answered")
         session = self._session
         most = packed_bytes(session.dim, session.bits) + _OVERHEAD_BYTES
@@ -75,13 +79,13 @@ class PlainServer:
         if int(np.abs(to_signed(words, session.bits)).max()) > session.bound:
             raise RemoteProtocolError(f"client {client} sent a value beyond ±{session.bound}")
         self._total += words
-        self.waiting -= {client}
+        self._waiting.remove(client)
 
     def close_phase(self) -> dict[int, bytes]:
         if self.phase != SUBMISSION:
             raise LocalProtocolError(f"close_phase() in phase {self.phase}")
-        contributors = tuple(client for client in self._session.cohort if client not in self.waiting)
-        dropped, self.waiting = tuple(sorted(self.waiting)), frozenset()
+        contributors = tuple(client for client in self._session.cohort if client not in self._waiting)
+        dropped, self._waiting = tuple(sorted(self._waiting)), set()
         if len(contributors) < self._session.quorum:
             self.phase = "failed"
             raise ThresholdNotMet(stage=SUBMISSION, needed=self._session.quorum, have=len(contributors))
@@ -105,7 +109,7 @@ class PlainClient:
     """
 
     def __init__(self, *, session: Session, index: int, vector: VectorSource, journal: Journal) -> None:
-        if index not in session.cohort:
+        if not session.invites(index):
             raise ValueError(f"index must be in the cohort {session.cohort}, got {index}")
         self._session, self._sid = session, session_id(session, b"")
         self._vector, self._journal = vector, journal

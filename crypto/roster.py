@@ -7,6 +7,7 @@ version counts only with the offline signature and as the direct successor of th
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import msgspec
 
@@ -25,7 +26,9 @@ class Member(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     ledger_key: bytes
 
 
-class Roster(msgspec.Struct, frozen=True, array_like=True, tag="privfed/roster/1", forbid_unknown_fields=True):
+class Roster(
+    msgspec.Struct, frozen=True, array_like=True, tag="privfed/roster/1", forbid_unknown_fields=True, dict=True
+):
     """One version of the list; a member's position is its index in every protocol.
 
     Attributes:
@@ -50,17 +53,21 @@ class Roster(msgspec.Struct, frozen=True, array_like=True, tag="privfed/roster/1
         if not all(member.name for member in self.members) or len({m.name for m in self.members}) != len(self.members):
             raise ValueError("roster names must be given and all different")
 
-    @property
+    @cached_property  # the clients of a simulation ask the same roster
     def hash(self) -> bytes:
         """bytes[32] of the canonical encoding; part of every session id."""
         return digest("privfed/roster/1", msgspec.msgpack.encode(self))
 
     def index_of(self, secagg_key: bytes) -> int:
         """The index of the member with this key. Raises ValueError if there is none."""
-        for index, member in enumerate(self.members):
-            if member.secagg_key == secagg_key:
-                return index
-        raise ValueError("this identity is not in the roster; have it added to the next version")
+        try:
+            return self._indices[secagg_key]
+        except KeyError:
+            raise ValueError("this identity is not in the roster; have it added to the next version") from None
+
+    @cached_property
+    def _indices(self) -> dict[bytes, int]:
+        return {member.secagg_key: index for index, member in enumerate(self.members)}
 
 
 class _SignedRoster(msgspec.Struct, frozen=True, array_like=True, tag="privfed/signed-roster/1"):
@@ -128,7 +135,7 @@ class Identity:
         """Fresh keys from the system source."""
         return cls(name=name, secagg_private=entropy(keys.KEY_BYTES), ledger_private=entropy(keys.KEY_BYTES))
 
-    @property
+    @cached_property  # deriving public keys takes longer than most of what asks for them
     def member(self) -> Member:
         """The public side, for the roster."""
         return Member(

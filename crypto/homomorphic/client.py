@@ -67,7 +67,7 @@ class HomomorphicClient:
     ) -> None:
         self._layout = m.check_session(session, roster, key_holder)
         self._index = roster.index_of(identity.member.secagg_key)
-        if self._index not in session.cohort:
+        if not session.invites(self._index):
             raise ValueError(f"client {self._index} is not in the cohort {session.cohort}")
         self.phase = m.COMMIT
         self._session, self._identity = session, identity

@@ -68,7 +68,7 @@ class HomomorphicServer:
     ) -> None:
         self._layout: Layout = m.check_session(session, roster, key_holder)
         self.phase = "ready"
-        self.waiting: frozenset[int] = frozenset()
+        self._waiting: set[int] = set()
         self._session, self._key_holder, self._roster = session, key_holder, roster
         self._sid = m.session_id_of(session, roster, key_holder, self._layout)
         self._entropy = entropy
@@ -88,6 +88,10 @@ class HomomorphicServer:
         self._dropped: dict[str, tuple[int, ...]] = {}
         self._result: AggregationResult | None = None
         self._forget()
+
+    @property
+    def waiting(self) -> frozenset[int]:
+        return frozenset(self._waiting)
 
     @property
     def done(self) -> bool:
@@ -111,19 +115,19 @@ class HomomorphicServer:
     def receive(self, client: int, message: bytes) -> None:
         if self.phase not in self._steps:
             raise LocalProtocolError(f"receive() in phase {self.phase}")
-        if client not in self.waiting:
+        if client not in self._waiting:
             raise RemoteProtocolError(f"client {client} was not asked in phase {self.phase} or has answered")
         kind, take, _ = self._steps[self.phase]
         received = decode(message, kind, most=self._most)
         if received.sid != self._sid:  # type: ignore[attr-defined]  # every message of this protocol starts with sid
             raise RemoteProtocolError(f"client {client} is in another session")
         take(client, received)
-        self.waiting -= {client}
+        self._waiting.remove(client)
 
     def close_phase(self) -> dict[int, bytes]:
         if self.phase not in self._steps:
             raise LocalProtocolError(f"close_phase() in phase {self.phase}")
-        missing, self.waiting = tuple(sorted(self.waiting)), frozenset()
+        missing, self._waiting = tuple(sorted(self._waiting)), set()
         try:
             if self.phase in m.KEY_HOLDER_STEPS and missing:
                 raise KeyHolderSilent(stage=self.phase)
@@ -136,7 +140,7 @@ class HomomorphicServer:
             raise
 
     def _ask(self, phase: str, requests: dict[int, bytes]) -> dict[int, bytes]:
-        self.phase, self.waiting = phase, frozenset(requests)
+        self.phase, self._waiting = phase, set(requests)
         return requests
 
     def _forget(self) -> None:

@@ -58,7 +58,7 @@ class MaskedClient:
     ) -> None:
         m.check_session(session, roster)
         self._index = roster.index_of(identity.member.secagg_key)
-        if self._index not in session.cohort:
+        if not session.invites(self._index):
             raise ValueError(f"client {self._index} is not in the cohort {session.cohort}")
         self.phase = m.ADVERTISE
         self._session, self._roster = session, roster

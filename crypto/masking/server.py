@@ -59,7 +59,7 @@ class MaskedServer:
     ) -> None:
         m.check_session(session, roster)
         self.phase = "ready"
-        self.waiting: frozenset[int] = frozenset()
+        self._waiting: set[int] = set()
         self._session, self._roster = session, roster
         self._sid = session_id(session, roster.hash)
         self._threads, self._verify_signature = threads, verify
@@ -79,6 +79,10 @@ class MaskedServer:
         self._forget()
 
     @property
+    def waiting(self) -> frozenset[int]:
+        return frozenset(self._waiting)
+
+    @property
     def done(self) -> bool:
         return self._result is not None
 
@@ -91,27 +95,27 @@ class MaskedServer:
     def start(self) -> dict[int, bytes]:
         if self.phase != "ready":
             raise LocalProtocolError("start() may be called once; make a new machine for a new attempt")
-        self.phase, self.waiting = m.ADVERTISE, frozenset(self._session.cohort)
+        self.phase, self._waiting = m.ADVERTISE, set(self._session.cohort)
         return {client: encode(m.Start(sid=self._sid)) for client in self._session.cohort}
 
     def receive(self, client: int, message: bytes) -> None:
         if self.phase not in self._steps:
             raise LocalProtocolError(f"receive() in phase {self.phase}")
-        if client not in self.waiting:
+        if client not in self._waiting:
             raise RemoteProtocolError(f"client {client} was not asked in phase {self.phase} or has answered")
         kind, take, _ = self._steps[self.phase]
         received = decode(message, kind, most=self._most)
         if received.sid != self._sid:  # type: ignore[attr-defined]  # every message of this protocol starts with sid
             raise RemoteProtocolError(f"client {client} is in another session")
         take(client, received, message)
-        self.waiting -= {client}
+        self._waiting.remove(client)
 
     def close_phase(self) -> dict[int, bytes]:
         if self.phase not in self._steps:
             raise LocalProtocolError(f"close_phase() in phase {self.phase}")
         stage, answered = self.phase, self._answered()
-        self._dropped[stage] = tuple(sorted(self.waiting))
-        self.waiting = frozenset()
+        self._dropped[stage] = tuple(sorted(self._waiting))
+        self._waiting = set()
         try:
             if self._complaints:
                 raise FaultyDealer(stage=stage, accusers={d: tuple(sorted(by)) for d, by in self._complaints.items()})
@@ -122,7 +126,7 @@ class MaskedServer:
             self.phase = m.FAILED
             self._forget()
             raise
-        self.phase, self.waiting = m.FOLLOWS[stage], frozenset(requests)
+        self.phase, self._waiting = m.FOLLOWS[stage], set(requests)
         return requests
 
     def _forget(self) -> None:

@@ -189,6 +189,11 @@ def sample(records: Records, part: str, sample_rate: float, randomness: np.rando
     return Batch(part, rows[poisson_sample(len(rows), sample_rate, randomness)])
 
 
+def sample_exactly(records: Records, part: str, sample_rate: float, randomness: np.random.Generator) -> Batch:
+    """`sample` for a door without noise: at a rate of 1 there is nothing to draw, and no noise that would shift."""
+    return Batch(part, rows_of(records, part)) if sample_rate == 1.0 else sample(records, part, sample_rate, randomness)
+
+
 class NoisedDoor:
     """Draws, noises and meters; who computes the clipped sum in between is a subclass's choice.
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from ..events import Charge
-from .door import ALL, Batch, Loss, Records, check_theta, sample
+from .door import ALL, Batch, Loss, Records, check_theta, sample_exactly
 
 
 class PlainDoor:
@@ -29,7 +29,7 @@ class PlainDoor:
         self._size = sum(parameter.numel() for parameter in self._parameters)
 
     def draw(self, part: str = ALL) -> Batch:
-        return sample(self._records, part, self._sample_rate, self._randomness)
+        return sample_exactly(self._records, part, self._sample_rate, self._randomness)
 
     def gradient(self, theta: Tensor, batch: Batch) -> Tensor:
         check_theta(theta, self._size)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..events import Charge
 from .cohort import clipped_sums
 from .curvature import curvatures
-from .door import ALL, Batch, DoorSettings, NoisedDoor, Records, check_theta, sample
+from .door import ALL, Batch, DoorSettings, NoisedDoor, Records, check_theta, sample_exactly
 from .stacked import StackedNetwork
 
 
@@ -75,7 +75,7 @@ class AskingPlainDoor:
         self._sample_rate, self._randomness = sample_rate, randomness
 
     def draw(self, part: str = ALL) -> Batch:
-        return sample(self._records, part, self._sample_rate, self._randomness)
+        return sample_exactly(self._records, part, self._sample_rate, self._randomness)
 
     def gradient(self, theta: Tensor, batch: Batch) -> Tensor:
         check_theta(theta, self._oracle.parameters)
