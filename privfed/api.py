@@ -18,13 +18,15 @@ from privfed.privacy.events import PrivacyUnit
 from privfed.privacy.ledger import Ledger
 
 from . import config_io, folder, keyring, statements
-from .cohort import cohort_of, held_out
+from .cohort import cohort_of, held_out, training_sites
 from .config import Config, SideNoise
 from .data.records import Sites
 from .doors import check_units
+from .engines.contract import Progress, Watch
 from .errors import ConfigError, DataError, RunFolderError
 from .federation import Federation, RoundReport
 from .folder import Checkpoint, RunFacts, RunFolder
+from .grid import check_grid
 from .methods import State
 from .noise_levels import meets_training, noise_levels, side_plan
 from .parameters import to_vector
@@ -39,7 +41,7 @@ from .terms import (
     build_model,
     checked_encoding,
     deployment_of,
-    finished,
+    finisher,
     parameter_count,
     update_size,
     worthwhile_colluders,
@@ -104,6 +106,8 @@ def prepare(config: Config, *, facts: RunFacts | None = None, data: Sites | None
     if reason is not None:
         raise ConfigError(reason)
     if data is None:
+        if config.data.planned_sites is not None:  # what their number rules out is told before the long reading
+            check_grid(config, training_sites(config, config.data.planned_sites))
         data = config.data.load(seed=config.seed, task=config.task)
     for records in data.sites.values() if config.method.sends else ():
         check_units(config, records)
@@ -116,6 +120,7 @@ def prepare(config: Config, *, facts: RunFacts | None = None, data: Sites | None
     if len(unseen) == len(data.sites):
         raise ConfigError("evaluation.unseen_sites and unseen_fraction hold every site out: none is left to train")
     cohort = cohort_of(config, len(data.sites) - len(unseen))
+    check_grid(config, cohort.size)
     parties = members(config, data)
     if strangers := sorted(set(config.evaluation.public_sites) - set(data.sites)):
         raise ConfigError(f"evaluation.public_sites: no site {strangers[0]!r}; sites are {', '.join(data.sites)}")
@@ -164,6 +169,7 @@ def run(
     out: Path | str | None = None,
     ledger: Path | str | None = None,
     observer: Observer | None = None,
+    watch: Watch | None = None,
     prepared: Preparation | None = None,
     report: bool = True,
 ) -> Run:
@@ -174,6 +180,7 @@ def run(
         out: a new or empty folder for the results; default ``runs/<name>-<time>``.
         ledger: an existing ledger to go on with, so that ε composes over runs; default a new one in the folder.
         observer: called with every round's report as it ends.
+        watch: called on the way: how many sites a step of a round has reached.
         prepared: what `prepare` gave for this configuration, if it was called before.
         report: leave ``report.html`` too; it can be made of the folder later.
 
@@ -194,7 +201,7 @@ def run(
     book = folder.LEDGER if ledger is None else os.fspath(Path(ledger).absolute())
     facts = RunFacts(run=name, ledger=book, noise_multiplier=ready.noise_multiplier, side_noise=ready.side_noise)
     home = RunFolder.create(path, facts, config_io.to_toml(config))
-    return _drive(ready, home, observer, page=report)
+    return _drive(ready, home, observer, watch, page=report)
 
 
 def prepare_resumed(path: Path | str) -> Preparation:
@@ -208,6 +215,7 @@ def resume(
     path: Path | str,
     *,
     observer: Observer | None = None,
+    watch: Watch | None = None,
     prepared: Preparation | None = None,
     report: bool = True,
 ) -> Run:
@@ -218,6 +226,7 @@ def resume(
     Args:
         path: the run's folder.
         observer: called with every further round's report.
+        watch: as of `run`.
         prepared: what `prepare_resumed` gave, if it was called before.
         report: as of `run`.
 
@@ -226,10 +235,10 @@ def resume(
         DataError: the records are no longer those that the run began with.
         LedgerCorrupt: the ledger does not verify.
     """
-    return _drive(prepared or prepare_resumed(path), RunFolder.open(Path(path)), observer, page=report)
+    return _drive(prepared or prepare_resumed(path), RunFolder.open(Path(path)), observer, watch, page=report)
 
 
-def _drive(ready: Preparation, home: RunFolder, observer: Observer | None, *, page: bool) -> Run:
+def _drive(ready: Preparation, home: RunFolder, observer: Observer | None, watch: Watch | None, *, page: bool) -> Run:
     """Do the rounds that are left, from the folder's checkpoint or from the start."""
     config = ready.config
     torch.set_num_threads(config.simulation.threads)
@@ -258,6 +267,7 @@ def _drive(ready: Preparation, home: RunFolder, observer: Observer | None, *, pa
             journal=home.path / folder.JOURNAL,
             accountant=ready.accountant,
             baselines=ready.baselines,
+            watch=watch,
         ) as consortium:
             _same_records(home, consortium)
             home.keep_metrics(lines)  # a line beyond the checkpoint is of the round that is now done again
@@ -301,6 +311,8 @@ def _drive(ready: Preparation, home: RunFolder, observer: Observer | None, *, pa
                 if observer is not None:
                     observer(report)
             seconds = earlier + (datetime.now(UTC) - started).total_seconds()
+            if watch is not None:
+                watch(Progress("writing what the run leaves", 0, len(ready.data.sites)))
             summary = _summarised(ready, federation, consortium, reports, seconds)
             _leave(ready, home, kept or federation.state, consortium, summary, page=page)
     return Run(home.path, summary, tuple(reports), (kept or federation.state)["theta"])
@@ -386,8 +398,10 @@ def _leave(
 ) -> None:
     """Write what a finished run leaves, and erase what only an unfinished one needs."""
 
+    whole = finisher(ready.config, ready.schema)
+
     def as_used(theta: torch.Tensor) -> nn.Module:
-        model = finished(ready.config, ready.schema, theta)
+        model = whole(theta)
         fold(model, state)  # a user's inputs are not standardised
         return model
 

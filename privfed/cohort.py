@@ -57,6 +57,12 @@ def _place(seed: int, name: str) -> bytes:
     return hashlib.sha256(f"privfed unseen {seed} {name}".encode()).digest()
 
 
+def training_sites(config: Config, sites: int) -> int:
+    """How many of so many sites `held_out` leaves for training."""
+    others = sites - len(config.evaluation.unseen_sites)
+    return others - round(config.evaluation.unseen_fraction * others)
+
+
 def cohort_of(config: Config, n: int) -> Cohort:
     """The cohort's numbers for ``n`` sites.
 

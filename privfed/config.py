@@ -157,8 +157,12 @@ class Aggregation(Section, frozen=True, forbid_unknown_fields=True, kw_only=True
         Meta(description="homomorphic: the site that holds the key; default a party of its own, named key-holder"),
     ] = None
     fraction_bits: Annotated[
-        int, Meta(ge=0, le=24, description="binary digits after the point of an uploaded value")
-    ] = 16
+        Annotated[int, Meta(ge=0, le=24)] | None,
+        Meta(
+            description="binary digits after the point of an uploaded value; default 16, fewer where the sum of very "
+            "many sites has no room for them"
+        ),
+    ] = None
     limit: Annotated[float, Meta(gt=0, le=1e6, description="uploaded values saturate at ± this magnitude")] = 16.0
 
 

@@ -82,8 +82,9 @@ def seen(config: Config, data: SiteData) -> SiteData:
 
 def _parts(config: Config, train: SiteData, key: bytes) -> dict[str, Tensor]:
     """The rows of each part of the training records."""
-    where = keyed_fraction(train.units, key=key, label="parts")
     parts = {ALL: np.ones(len(train), dtype=bool)}
+    # A hash a record: only for methods that have parts
+    where = keyed_fraction(train.units, key=key, label="parts") if config.method.parts else np.zeros(0)
     low = 0.0
     for name, fraction in config.method.parts.items():
         parts[name] = (where >= low) & (where < low + fraction)

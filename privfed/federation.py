@@ -393,7 +393,7 @@ class Federation:
 
     def _ask(self, messages: Mapping[int, wire.Request], tally: _Tally) -> dict[int, wire.Reply]:
         """The sites' replies, by index. A refusal is noted; a reply that is none of ours counts as no reply."""
-        requests = {self._names[index]: wire.encode(message) for index, message in messages.items()}
+        requests = wire.Requests({self._names[index]: message for index, message in messages.items()})
         for message in list(messages.values())[:1]:  # all are of one step
             self._on_step(message.round, message.step, tuple(requests))
         raw = self._engine.exchange(requests, self.config.simulation.deadline_seconds)

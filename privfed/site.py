@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privfed.crypto.aggregation import AggregationClient, Session, VectorSource
+from privfed.crypto.aggregation import AggregationClient, Session, VectorSource, among
 from privfed.crypto.errors import AggregationError
 from privfed.crypto.homomorphic.client import HomomorphicClient
 from privfed.crypto.journal import Journal
@@ -45,12 +45,12 @@ from .contribution import Contribution, contribute
 from .data.records import SiteData
 from .doors import Network, Split, check_units, few, local_door, split
 from .errors import PrivfedError
+from .grid import Grid
 from .methods import Local, State
 from .policy import OutsideHours, PolicyRefusal, check_hours, check_policy
 from .site_book import Attempt, SiteBook
 from .standardisation import DEVIATION, MEAN, check_standardisation, inputs_range, unit_means
 from .terms import (
-    Grid,
     Schema,
     Summand,
     build_model,
@@ -63,6 +63,7 @@ from .terms import (
     session_of,
     side_charge,
     side_encoding,
+    start_vector,
     update_size,
 )
 
@@ -434,26 +435,27 @@ class Site:
         shared = {name: tensor.clone() for name, tensor in self.shared_state.items()}
         self._private = config.method.personalize(state, shared, private, door)
         if self._local_only is None:
-            self._local_only = self._alone(config, parameters.to_vector(model), records, state, door)
+            self._local_only = self._alone(config, start_vector(config, self._schema), records, state, door)
 
         def outputs(theta: Tensor) -> Tensor:
             return evaluation.outputs_of(model, theta, records.test.inputs)
 
-        def figure(theta: Tensor) -> float | None:
-            return config.task.score(outputs(theta), records.test.targets, config.metric)
+        def figure(given: Tensor) -> float | None:
+            return config.task.score(given, records.test.targets, config.metric)
 
         spent = self.book.spent(config.privacy.delta)
         epsilon = None if config.privacy.unit is PrivacyUnit.NONE else spent.value
         word = self.book.sealed(plan, spent, time=self._clock(), private=self._identity.ledger_private)
         if not self._policy.release_figures or not self._shows_figures(config):
             return wire.Measurement(0, None, None, None, None, epsilon, word)
-        loss = config.task.loss(outputs(state["theta"]), records.test.targets)
+        common = outputs(state["theta"])
+        loss = config.task.loss(common, records.test.targets)
         return wire.Measurement(
             records=len(records.test),
             loss=float(loss.mean()) if len(loss) else None,
-            global_score=figure(state["theta"]),
-            personalized=figure(self._private["theta"]),
-            local_only=figure(self._local_only),
+            global_score=figure(common),
+            personalized=figure(outputs(self._private["theta"])),
+            local_only=figure(outputs(self._local_only)),
             epsilon=epsilon,
             seal=word,
         )
@@ -503,7 +505,7 @@ class Site:
         if self._held_out(plan.config):
             if not measuring:
                 raise wire.WireError(f"{self.name} is held out of the training of this run")
-        elif self._index not in plan.cohort:
+        elif not among(plan.cohort, self._index):
             raise wire.WireError(f"{self.name} is not in the plan's cohort")
         size = parameter_count(plan.config, self._schema)
         largest = max(size, network_size(plan.config, self._schema))

@@ -5,6 +5,7 @@ A site and the coordinator derive the same from the same plan. Nothing here has 
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -20,7 +21,6 @@ from privfed.crypto.homomorphic.fields import layout_of
 from privfed.crypto.roster import Roster
 from privfed.privacy.adversaries import Deployment
 from privfed.privacy.clipping import AdaptiveClip, adaptive_sum
-from privfed.privacy.discretize import FixedPoint
 from privfed.privacy.errors import NoGuarantee
 from privfed.privacy.events import Charge, NoiseSite, PrivacyUnit
 from privfed.privacy.oracle.door import ALL, group
@@ -32,6 +32,7 @@ from . import wire
 from .cohort import Cohort
 from .config import Config
 from .errors import ConfigError
+from .grid import Grid, check_grid, grid_of, uses_grid
 from .methods import Queries, State
 from .models import Factory, Inputs, Layout, Part, layout, pieces
 from .models import Network as Kind
@@ -79,14 +80,35 @@ def whole_network(config: Config, schema: Schema) -> nn.Module:
     return config.model.build(inputs_of(config, schema.features), outputs_of(config, schema), seed=config.seed)
 
 
+def start_vector(config: Config, schema: Schema) -> Tensor:
+    """float32[P]: the public start parameters of what the run trains; the caller's own copy."""
+    return _start(msgspec.msgpack.encode(config), schema).clone()
+
+
+@lru_cache(maxsize=4)  # all sites of a simulation start alike
+def _start(encoded: bytes, schema: Schema) -> Tensor:
+    return to_vector(build_model(msgspec.msgpack.decode(encoded, type=Config), schema))
+
+
 def finished(config: Config, schema: Schema, theta: Tensor) -> nn.Module:
     """The whole network with what was trained, float32[P], in it: it takes records as they are."""
+    return finisher(config, schema)(theta)
+
+
+def finisher(config: Config, schema: Schema) -> Callable[[Tensor], nn.Module]:
+    """`finished` of one vector after the other. It gives the same network each time, refilled."""
     whole, trained = whole_network(config, schema), build_model(config, schema)
-    load_vector(trained, theta)
     if config.transfer.base is not None:
         start_from(whole, tensors_of(config.transfer.base, config.transfer.sha256 or ""), fresh_head=True)
-    config.transfer.merge(trained, whole)
-    return whole
+    start = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+
+    def refilled(theta: Tensor) -> nn.Module:
+        whole.load_state_dict(start)  # whoever had it last may have changed it
+        load_vector(trained, theta)
+        config.transfer.merge(trained, whole)
+        return whole
+
+    return refilled
 
 
 def opened(config: Config) -> tuple[str, ...]:
@@ -148,7 +170,7 @@ def model_layout(config: Config, features: int, parameters: int) -> Layout:
 
 def first_states(config: Config, schema: Schema) -> tuple[State, State]:
     """A site's shared and private state before its first round: the same at every site."""
-    start = to_vector(build_model(config, schema))
+    start = start_vector(config, schema)
     return config.method.init_site(start, model_layout(config, schema.features, len(start)))
 
 
@@ -206,28 +228,6 @@ class Encoding(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Vectors on a fixed-point grid, for updates that carry their noise already or claim none."""
-
-    parameters: int
-    grid: FixedPoint
-
-    @property
-    def dim(self) -> int:
-        return self.parameters
-
-    @property
-    def bound(self) -> int:
-        return self.grid.bound
-
-    def add_noise(self, total: NDArray[np.int64], key: bytes) -> NDArray[np.int64]:
-        return total
-
-    def decode(self, total: NDArray[np.int64], *, summands: int) -> NDArray[np.float64]:
-        return self.grid.decode(total, summands=summands)
-
-
 Update = Grid | ClientSum | RecordSum
 Summand = Update | CountSum
 
@@ -256,8 +256,8 @@ def encoding_of(
             f"privacy.clip = 'adaptive' with privacy.unit = {unit.value!r} is not offered: it counts the sites whose "
             "update is short, and a count of short gradients would need noise of its own. Set max_grad_norm"
         )
-    if unit is PrivacyUnit.NONE or noise is NoiseSite.LOCAL or not config.method.sends:
-        return Grid(parameters, FixedPoint(config.aggregation.fraction_bits, config.aggregation.limit))
+    if uses_grid(config):
+        return Grid(parameters, grid_of(config.aggregation, cohort.size))
     at_server = noise is NoiseSite.CENTRAL
     adaptive = clip_rule(config, cohort, noise_multiplier)
     if not at_server and config.aggregation.kind == "plain":
@@ -373,22 +373,24 @@ def shares_noise(config: Config) -> bool:
 
 def session_of(plan: wire.RoundPlan, context: bytes, encoding: Encoding, purpose: wire.Purpose = "update") -> Session:
     """The aggregation session that a party derives from the plan and model it holds."""
-    return _session(
+    return _session(plan, context, encoding.dim, encoding.bound, purpose)
+
+
+@lru_cache(maxsize=4)  # the sites of a simulation derive the same one, and checking it takes time
+def _session(plan: wire.RoundPlan, context: bytes, dim: int, bound: int, purpose: wire.Purpose) -> Session:
+    return Session(
         run=run_of(plan.run, purpose),
         round=plan.round,
         attempt=plan.attempt,
         cohort=plan.cohort,
-        dim=encoding.dim,
-        bound=encoding.bound,
+        dim=dim,
+        bound=bound,
         threshold=plan.threshold,
         minimum_cohort=plan.minimum_cohort,
         colluders=plan.colluders,
         degree=plan.degree,
         context=context,
     )
-
-
-_session = lru_cache(maxsize=4)(Session)  # the sites of a simulation derive the same one, and checking it takes time
 
 
 def cohort_in(plan: wire.RoundPlan) -> Cohort:
@@ -410,6 +412,7 @@ def side_encoding(plan: wire.RoundPlan, purpose: wire.Purpose) -> CountSum:
     return count_sum(plan.config, cohort_in(plan), purpose, plan.features, getattr(plan.side_noise, purpose))
 
 
+@lru_cache(maxsize=4)
 def plan_encoding(plan: wire.RoundPlan, parameters: int) -> Update:
     """`encoding_of` what a plan says of a network of ``parameters``."""
     seed = hashlib.sha256(f"{plan.run}\0{plan.round}\0{plan.attempt}".encode()).digest()
@@ -431,6 +434,7 @@ def checked_encoding(config: Config, cohort: Cohort, parameters: int, noise_mult
         raise ConfigError(f"aggregation: {error}") from None
     if not config.method.sends:
         return encoding
+    check_grid(config, cohort.size)
     try:
         Session(
             run="-",
@@ -448,8 +452,7 @@ def checked_encoding(config: Config, cohort: Cohort, parameters: int, noise_mult
         if config.aggregation.kind == "homomorphic":
             layout_of(encoding.dim, bound=encoding.bound, n=cohort.size)
     except ValueError as error:
-        cause = " (bound is aggregation.limit × 2^fraction_bits)" if isinstance(encoding, Grid) else ""
-        raise ConfigError(f"aggregation: {error}{cause}") from None
+        raise ConfigError(f"aggregation: {error}") from None
     return encoding
 
 

@@ -1,6 +1,7 @@
 """What a coordinator and a site say to each other: typed, versioned bytes that any engine can carry."""
 
 import hashlib
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Annotated, Literal, TypeVar, get_args
 
@@ -21,7 +22,7 @@ class WireError(PrivfedError):
     """Bytes that are not a message of this protocol. Nothing was done."""
 
 
-class RoundPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class RoundPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, eq=False):
     """Everything that one attempt at one round is bound to. Its exact bytes are part of the aggregation's session id.
 
     Args:
@@ -33,6 +34,9 @@ class RoundPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         clip: C of this round, where it adapts; None where the configuration fixes it.
         features: the model's inputs.
         side_noise: σ/C of what is released beside the updates.
+
+    Its exact bytes tell one from another. As an object it equals itself alone, so that what follows from it can be kept
+    without going through the cohort.
     """
 
     run: Annotated[str, Meta(min_length=1, max_length=200)]
@@ -134,6 +138,26 @@ def encode(message: Request | Reply) -> bytes:
     return msgspec.msgpack.encode(message)
 
 
+class Requests(Mapping[str, bytes]):
+    """Messages by receiver, each encoded when it is taken: a round's plan and model are not held once for every site.
+
+    Args:
+        messages: by name.
+    """
+
+    def __init__(self, messages: Mapping[str, Request]) -> None:
+        self._messages = messages
+
+    def __getitem__(self, name: str) -> bytes:
+        return encode(self._messages[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._messages)
+
+    def __len__(self) -> int:
+        return len(self._messages)
+
+
 def encode_plan(plan: RoundPlan) -> bytes:
     return msgspec.msgpack.encode(plan)
 
@@ -157,7 +181,12 @@ def decode_plan(data: bytes) -> RoundPlan:
 
 def context(plan: bytes, state: bytes) -> bytes:
     """bytes[32]: what a party received. Parties that received different plans or models can not aggregate together."""
-    return hashlib.sha256(hashlib.sha256(plan).digest() + hashlib.sha256(state).digest()).digest()
+    return hashlib.sha256(_plan_digest(plan) + hashlib.sha256(state).digest()).digest()
+
+
+@lru_cache(maxsize=4)
+def _plan_digest(plan: bytes) -> bytes:
+    return hashlib.sha256(plan).digest()
 
 
 def _decoded(decoder: "msgspec.msgpack.Decoder[_T]", data: bytes) -> _T:

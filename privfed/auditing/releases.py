@@ -17,9 +17,10 @@ from privfed.privacy.shared import ClientSum, RecordSum
 
 from ..doors import Split
 from ..errors import PrivfedError
+from ..grid import Grid
 from ..methods import SingleQuery, State
 from ..schedule import ahead
-from ..terms import Grid, encoding_of, parameter_count, split_id, whole_group
+from ..terms import encoding_of, parameter_count, split_id, whole_group
 from .canaries import LOUD, at_first, door_of, stage
 from .target import Target
 

@@ -5,11 +5,13 @@ from types import TracebackType
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
 
 from privfed.api import Preparation, Run
 from privfed.cohort import cohort_of
+from privfed.engines.contract import Progress
 from privfed.federation import RoundReport
 from privfed.figures import Released
 from privfed.noise_levels import evaluations, figures_target
@@ -25,16 +27,17 @@ class Display:
 
     Args:
         to_stderr: keep stdout for JSON.
+        console: where to show it; default that stream.
     """
 
-    def __init__(self, *, to_stderr: bool) -> None:
-        self._console = Console(stderr=to_stderr, highlight=False, markup=False, soft_wrap=True)
+    def __init__(self, *, to_stderr: bool, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=to_stderr, highlight=False, markup=False, soft_wrap=True)
         self._rich = self._console.is_terminal
         self._rows: list[tuple[str, ...]] = []
         self._live: Live | None = None
-        self._progress = Progress(
-            TextColumn("rounds"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-            console=self._console,
+        self._progress = Bars(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), console=self._console,
         )  # fmt: skip
 
     def waiting(self, what: str) -> AbstractContextManager[object]:
@@ -63,6 +66,7 @@ class Display:
         if config.privacy.insecure_seed is not None:
             self._console.print("  WARNING      privacy.insecure_seed: anyone can recompute the noise; ε is void")
         self._steps = self._progress.add_task("rounds", total=config.rounds)
+        self._step = self._progress.add_task("", total=None, visible=False)
         self._metric = config.metric
         self._delta = config.privacy.delta
         self._by_noise = config.evaluation.release == "private"
@@ -70,15 +74,22 @@ class Display:
 
     def __enter__(self) -> "Display":
         if self._rich:
-            self._live = Live(self._picture(), console=self._console, refresh_per_second=8, transient=False)
+            self._live = Live(self.picture(), console=self._console, refresh_per_second=8, transient=False)
             self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._progress.update(self._step, visible=False)
         if self._live is not None:
             self._live.stop()
+
+    def step(self, progress: Progress) -> None:
+        """Show, on a terminal, how far the round is: with thousands of sites it takes minutes."""
+        if progress.what != self._progress.tasks[self._step].description:
+            self._progress.reset(self._step, description=progress.what, visible=True)
+        self._progress.update(self._step, completed=progress.done, total=progress.of)
 
     def round(self, report: RoundReport) -> None:
         """Show one more round."""
@@ -95,7 +106,7 @@ class Display:
         self._rows.append(row)
         self._progress.advance(self._steps)
         if self._live is not None:
-            self._live.update(self._picture())
+            self._live.update(self.picture())
         else:
             names = ("round", "loss", "global", "personalized", "epsilon_max", "sites", "bytes_up")
             shown = [(name, value) for name, value in zip(names, row, strict=True) if not self._hidden(name)]
@@ -122,7 +133,8 @@ class Display:
             self._console.print(f"  {site}: {reason}")
         self._console.print(f"run folder: {result.folder} (open report.html in it: it also explains every word)")
 
-    def _picture(self) -> Group:
+    def picture(self) -> Group:
+        """The rounds so far, and how far this one is."""
         table = Table(box=None, pad_edge=False, header_style="bold")
         headings = {
             "round": "round",

@@ -54,9 +54,11 @@ def command(
     display.start(prepared)
     with display:
         if resume is not None:
-            result = api.resume(resume, observer=display.round, prepared=prepared)
+            result = api.resume(resume, observer=display.round, watch=display.step, prepared=prepared)
         else:
-            result = api.run(settings, out=out, ledger=ledger, observer=display.round, prepared=prepared)
+            result = api.run(
+                settings, out=out, ledger=ledger, observer=display.round, watch=display.step, prepared=prepared
+            )
     if json:
         typer.echo(result.summary.to_json())
     display.finish(result)

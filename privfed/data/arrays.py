@@ -69,6 +69,11 @@ class Arrays(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return ()
 
     @property
+    def planned_sites(self) -> int | None:
+        """How many sites there will be, where that is known before a record is read."""
+        return None if self.partition is None else self.partition.planned
+
+    @property
     def items_at(self) -> tuple[tuple[int, int], ...]:
         return ()
 

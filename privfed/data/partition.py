@@ -35,6 +35,11 @@ class _Cut(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     sites: Annotated[int, Meta(ge=1, le=100_000, description="simulated sites; one that gets no record is none")]
 
+    @property
+    def planned(self) -> int:
+        """How many sites there will be, if each gets a record."""
+        return self.sites
+
     def assign(self, records: Uncut, seed: int) -> list[str]:
         """The name of each record's site.
 
@@ -115,6 +120,11 @@ class Assigned(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """What ``privfed data split`` wrote: a CSV file of row numbers, from 1, and sites."""
 
     file: Annotated[str, Meta(min_length=1, description="the assignment; a path, or a name under PRIVFED_DATA")]
+
+    @property
+    def planned(self) -> None:
+        """How many sites there will be: the file tells."""
+        return None
 
     def assign(self, records: Uncut, seed: int) -> list[str]:
         from .files import read_frame

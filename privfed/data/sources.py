@@ -52,6 +52,11 @@ class BreastCancer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_
         return "."
 
     @property
+    def planned_sites(self) -> int | None:
+        """How many sites there will be, where that is known before a record is read."""
+        return self.sites
+
+    @property
     def items_at(self) -> tuple[tuple[int, int], ...]:
         return ()
 

@@ -122,6 +122,11 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         return (*self.numeric, *self.categorical, *self.items)
 
     @property
+    def planned_sites(self) -> int | None:
+        """How many sites there will be, where that is known before a record is read."""
+        return None if self.partition is None else self.partition.planned
+
+    @property
     def items_at(self) -> tuple[tuple[int, int], ...]:
         """(position, count) of each input that names an item."""
         return item_positions(self.columns)

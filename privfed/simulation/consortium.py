@@ -1,10 +1,11 @@
 """A whole consortium in one process: sites, identities and the engine between them."""
 
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 from torch import Tensor
@@ -21,7 +22,7 @@ from .. import keyring
 from ..config import Config
 from ..data.records import Sites, public_split_key
 from ..doors import Network
-from ..engines.contract import Engine, Handler
+from ..engines.contract import Engine, Handler, Progress, Watch
 from ..engines.local import LocalEngine
 from ..errors import ConfigError, RunFolderError
 from ..key_holder import KeyHolder, SiteWithKey
@@ -30,9 +31,11 @@ from ..site import Site
 from ..terms import KEY_HOLDER, Schema, needs_key_holder, opened
 from ..witness import Witness
 from ..workers import workers
-from .durable import DurableEngine
+from .durable import AT_ONCE, DurableEngine
 from .faults import FaultyEngine
 from .together import CohortEngine, meeting
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ def open_consortium(
     accountant: Accountant,
     network: Callable[[], Network] | None = None,
     baselines: MutableMapping[bytes, Tensor] | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[Consortium]:
     """Sites over the ledger at ``ledger``, whose key file gives each of them its own secrets.
 
@@ -72,6 +76,7 @@ def open_consortium(
 
     Args:
         network, baselines: as of `Site`.
+        watch: told how far the opening, and later each exchange, is.
 
     Raises:
         ConfigError: from `members`.
@@ -115,7 +120,7 @@ def open_consortium(
                 verify=verify,
                 baselines=baselines,
             )
-            for name, records in data.sites.items()
+            for name, records in _told(data.sites.items(), "opening the sites", len(data.sites), watch)
         }
         handlers: dict[str, Handler] = dict(sites)
         if needs_key_holder(config):
@@ -125,7 +130,7 @@ def open_consortium(
             handlers[name] = SiteWithKey(sites[name], key_holder) if name in sites else key_holder
         carrier = LocalEngine(handlers) if together is None else CohortEngine(handlers, together)
         # The ledger is first on disk: what was answered is never ahead of what was spent
-        durable = DurableEngine(carrier, answered.together, book.together)
+        durable = DurableEngine(carrier, answered.together, book.together, watch=watch)
         engine = FaultyEngine(durable, config.simulation, seed=config.seed)
         # No site has an empty name: the coordinator's memory is its own.
         members_of_ledger = {name: identities[name].member.ledger_key for name in sites}
@@ -138,6 +143,14 @@ def _identity(key: bytes, name: str) -> Identity:
     """A party's keys, the same ones for the same ledger."""
     secagg, ledger = (keyring.site_key(key, name, purpose) for purpose in ("secagg", "ledger"))
     return Identity(name=name, secagg_private=secagg, ledger_private=ledger)
+
+
+def _told(items: Iterable[T], what: str, number: int, watch: Watch | None) -> Iterator[T]:
+    """The items, with word of how many have been taken."""
+    for done, item in enumerate(items):
+        if watch is not None and done % AT_ONCE == 0:
+            watch(Progress(what, done, number))
+        yield item
 
 
 def members(config: Config, data: Sites) -> list[str]:

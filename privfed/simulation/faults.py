@@ -30,6 +30,8 @@ class FaultyEngine:
 
     def exchange(self, requests: Mapping[str, bytes], deadline_seconds: float) -> Mapping[str, bytes]:
         replies = self._engine.exchange(requests, deadline_seconds)
+        if not self._settings.outages and self._settings.dropout == 0.0:
+            return replies
         return {site: reply for site, reply in replies.items() if not self._lost(site, requests[site])}
 
     def _lost(self, site: str, request: bytes) -> bool:
@@ -37,8 +39,6 @@ class FaultyEngine:
         for outage in self._settings.outages:
             if (outage.site, outage.round) == (site, message.round) and _reached(outage.step, message.step):
                 return True
-        if self._settings.dropout == 0.0:
-            return False
         chance = random.Random(f"{self._seed}/{message.round}/{site}")
         vanishes = chance.random() < self._settings.dropout
         return vanishes and _reached(chance.choice(STEPS), message.step)

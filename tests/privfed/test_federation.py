@@ -311,8 +311,8 @@ def test_the_local_method_needs_no_cohort_and_spends_nothing(tmp_path: Path, sit
         (5, Aggregation(threshold=4, colluders=3), "too small for 5 sites and 3 colluders.*at least 5"),
         (5, Aggregation(kind="plain", colluders=9), "colluders must be in"),
         (0, Aggregation(kind="plain"), "above the cohort of 0"),
-        (5, Aggregation(limit=1e6), r"bound must be in .*aggregation\.limit"),
-        (5, Aggregation(kind="plain", limit=2000.0, fraction_bits=20), r"2\^32|bound"),
+        (5, Aggregation(limit=1e6, fraction_bits=16), "set aggregation.fraction_bits to 8 or less"),  # 10e6·2⁹ > 2³²
+        (5, Aggregation(kind="plain", limit=2000.0, fraction_bits=20), "fraction_bits to 17 or less"),
         (5, Aggregation(limit=1e-6, fraction_bits=0), "limit"),
     ],
 )
