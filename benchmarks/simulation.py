@@ -497,7 +497,9 @@ def memory(report: Report, *, quick: bool) -> None:
 def in_a_process(call: str) -> tuple[float, float]:
     """The processor seconds and peak GiB that a function of this file prints; in a process of its own."""
     code = f"import simulation; simulation.{call}"
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=sys.path[0])
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=Path(__file__).parent
+    )
     seconds, peak = map(float, done.stdout.split()[-2:])
     return seconds, peak / 2**30
 

@@ -43,3 +43,15 @@ def test_names_and_keys_are_unique() -> None:
 def test_no_repr_shows_a_secret() -> None:
     identity = Identity.generate("hospital")
     assert identity.secagg_private.hex() not in repr(identity) and repr(identity) == "Identity(name='hospital')"
+
+
+def test_what_every_client_asks_of_a_roster_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    roster = Roster(version=1, previous=bytes(32), members=ROSTER.members)
+    first = roster.hash
+    monkeypatch.setattr("privfed.crypto.roster.digest", None)  # a second hash would call it
+    assert roster.hash == first == ROSTER.hash
+    assert [roster.index_of(member.secagg_key) for member in ROSTER.members] == list(range(len(ROSTER.members)))
+    with pytest.raises(ValueError, match="not in the roster"):
+        roster.index_of(bytes(32))
+    longer = Roster(version=2, previous=first, members=(*ROSTER.members, Identity.generate("another").member))
+    assert longer.index_of(longer.members[-1].secagg_key) == len(ROSTER.members)
