@@ -17,10 +17,11 @@ from privfed.privacy.ledger import Entry, Ledger
 from . import wire
 from .config import Config, Policy
 from .errors import LedgerKeyError
+from .grid import Grid
 from .policy import PolicyRefusal
 from .schedule import check_schedule, keeps_pace
 from .seals import seal
-from .terms import Grid, Summand, cohort_in, deployment_of, run_of
+from .terms import Summand, cohort_in, deployment_of, run_of
 
 
 @dataclass
