@@ -68,6 +68,15 @@ Figures = dict[str, float | list[float]]
 CASES = {(3, "1e5"): 9, (3, "1e6"): 4, (10, "1e5"): 4, (10, "1e6"): 2}
 """Sites and parameters → rounds that are timed."""
 
+GIB_PER_SITE = {"1e5": 0.9, "1e6": 3.0}
+"""What a site's client and its job take at their most, all sites on one machine."""
+
+
+def available() -> float:
+    """GiB of memory that nobody uses."""
+    (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(line.split()[1]) / 2**20
+
 
 def deployed(sites: int, size: str, repeats: int) -> Figures:
     from tests.privfed.deployment.loopback import Loopback
@@ -165,6 +174,9 @@ def main() -> None:
         figures |= kept(options.rows, "preflight", preflight)
     for (sites, size), repeats in list(CASES.items())[: 1 if options.quick else None]:
         repeats = 2 if options.quick else repeats
+        if (needed := sites * GIB_PER_SITE[size]) > available():
+            report.note(f"{sites} sites, {size} parameters: left out, it needs {needed:.0f} GiB beside what is used")
+            continue
         measure = partial(deployed, sites, size, repeats)
         figures |= kept(options.rows, f"{sites} sites, {size}", measure)
     for label, value in figures.items():
