@@ -285,6 +285,10 @@ class Policy(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     aggregations: Annotated[
         tuple[str, ...] | None, Meta(description="the only aggregation.kind that a site accepts; default all")
     ] = None
+    key_holders: Annotated[
+        tuple[str, ...] | None,
+        Meta(description="the only parties that a site trusts to hold the key of encrypted sums; default all"),
+    ] = None
     hours: Annotated[
         Annotated[str, Meta(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")] | None,
         Meta(description='a site\'s local hours in which it begins rounds, "20:00-06:00"; default all'),

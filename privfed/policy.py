@@ -6,7 +6,17 @@ from privfed.privacy.events import NoiseSite, PrivacyUnit
 
 from .config import Config, Policy
 from .errors import PrivfedError
-from .terms import claimed_colluders, cohort_in, opened, shares_noise
+from .terms import (
+    KEY_HOLDER,
+    Schema,
+    claimed_colluders,
+    cohort_in,
+    needs_key_holder,
+    network_size,
+    opened,
+    parameter_count,
+    shares_noise,
+)
 from .wire import RoundPlan
 
 
@@ -92,6 +102,8 @@ def check_names(config: Config, policy: Policy) -> None:
         "units": config.privacy.unit.value,
         "aggregations": config.aggregation.kind,
     }
+    if needs_key_holder(config):
+        asked["key_holders"] = config.aggregation.key_holder or KEY_HOLDER
     for line, name in asked.items():
         allowed = getattr(policy, line)
         if allowed is not None and name not in allowed:
@@ -99,6 +111,19 @@ def check_names(config: Config, policy: Policy) -> None:
     for name in opened(config):
         if name not in policy.trusted:
             raise PolicyRefusal(f"the plan names {name!r}, which policy.trusted of this site does not list")
+
+
+def check_size(config: Config, schema: Schema, policy: Policy) -> int:
+    """How many parameters the run trains, if the site builds a model of that size.
+
+    Raises:
+        PolicyRefusal: it is too large.
+    """
+    size = parameter_count(config, schema)
+    largest = max(size, network_size(config, schema))
+    if largest > policy.max_parameters:
+        raise PolicyRefusal(f"policy.max_parameters = {policy.max_parameters}, the plan's model has {largest}")
+    return size
 
 
 def _check_noise(plan: RoundPlan, policy: Policy) -> None:
@@ -129,6 +154,8 @@ def _check_noise(plan: RoundPlan, policy: Policy) -> None:
             covered = {"noise covers": claimed_colluders(config, cohort_in(plan))}
             if config.aggregation.kind == "masked":
                 covered["masks cover"] = plan.colluders
+            elif config.aggregation.key_holder is not None:
+                covered["key, which a site holds, covers"] = 0  # that site and the server open every vector
             for what, colluders in covered.items():
                 if colluders < policy.minimum_colluders:
                     raise PolicyRefusal(

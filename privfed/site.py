@@ -47,7 +47,7 @@ from .doors import Network, Split, check_units, few, local_door, split
 from .errors import PrivfedError
 from .grid import Grid
 from .methods import Local, State
-from .policy import OutsideHours, PolicyRefusal, check_hours, check_policy
+from .policy import OutsideHours, PolicyRefusal, check_hours, check_policy, check_size
 from .site_book import Attempt, SiteBook
 from .standardisation import DEVIATION, MEAN, check_standardisation, inputs_range, unit_means
 from .terms import (
@@ -56,7 +56,6 @@ from .terms import (
     build_model,
     first_states,
     key_holder_of,
-    network_size,
     parameter_count,
     plan_encoding,
     planned_charges,
@@ -507,12 +506,7 @@ class Site:
                 raise wire.WireError(f"{self.name} is held out of the training of this run")
         elif not among(plan.cohort, self._index):
             raise wire.WireError(f"{self.name} is not in the plan's cohort")
-        size = parameter_count(plan.config, self._schema)
-        largest = max(size, network_size(plan.config, self._schema))
-        if largest > self._policy.max_parameters:
-            raise PolicyRefusal(
-                f"policy.max_parameters = {self._policy.max_parameters}, the plan's model has {largest}"
-            )
+        size = check_size(plan.config, self._schema, self._policy)
         state = parameters.decode(state_bytes)
         theta = state.get("theta")
         if theta is None or theta.shape != (size,) or theta.dtype != torch.float32:

@@ -158,6 +158,11 @@ class Requests(Mapping[str, bytes]):
         return len(self._messages)
 
 
+def printable(text: str) -> str:
+    """What a peer wrote, on one line and without what moves a terminal's cursor or hides what stands on it."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
+
+
 def encode_plan(plan: RoundPlan) -> bytes:
     return msgspec.msgpack.encode(plan)
 
@@ -167,7 +172,10 @@ def decode_request(data: bytes) -> Request:
 
 
 def decode_reply(data: bytes) -> Reply:
-    return _decoded(_replies, data)
+    reply = _decoded(_replies, data)
+    if isinstance(reply, Refusal):  # it goes to logs, reports and terminals
+        return msgspec.structs.replace(reply, reason=printable(reply.reason))
+    return reply
 
 
 @lru_cache(maxsize=4)  # all sites of a simulation get the same; it is frozen

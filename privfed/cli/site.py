@@ -23,15 +23,14 @@ def init(
     data: Annotated[Path, typer.Option("--data", help="This site's table: CSV, Parquet, or a database file (.toml).")],
     authority: Annotated[str, typer.Option("--authority", help="The fingerprint that you heard from the coordinator.")],
     policy: Annotated[
-        Path | None, typer.Option("--policy", help="A policy.toml of your own [default: a strict one]")
+        Path | None, typer.Option("--policy", help="A policy.toml of your own; lines that it lacks are the strict ones")
     ] = None,
 ) -> None:
     """Set the site up, and say in plain words what it agreed to."""
-    from privfed.config import Policy
     from privfed.deployment import files, words
-    from privfed.deployment.hospital import Hospital
+    from privfed.deployment.hospital import Hospital, given_policy
 
-    own = files.parse_toml(files.read(policy), Policy, policy) if policy else None
+    own = given_policy(policy) if policy else None
     hospital = Hospital.open(home)
     terms = hospital.install(files.read(kit), authority=authority, data=data, policy=own)
     hospital = Hospital.open(home)

@@ -152,6 +152,7 @@ def _engine(file: str, url: "URL", settings: Database, folder: Path, late: Calla
             raise DataError(f"{file}: there is no SQLite file where url says (relative to {folder})")
         return create_engine("sqlite://", creator=lambda: _open_sqlite(path, late), **given)
     if url.drivername == "postgresql+psycopg":
+        _require_encryption(file, url)
         given["connect_args"] = {"connect_timeout": 15} if "connect_timeout" not in url.query else {}
     elif not settings.read_only_account:
         raise DataError(
@@ -172,6 +173,22 @@ def _engine(file: str, url: "URL", settings: Database, folder: Path, late: Calla
     if url.drivername == "postgresql+psycopg":
         event.listen(engine, "connect", _keep_digits)
     return engine
+
+
+def _require_encryption(file: str, url: "URL") -> None:
+    """Return unless the server is another machine and nobody has said how the way to it is protected.
+
+    Left to itself the driver sends records in clear where no TLS is offered, and a password to whoever asks for it.
+    """
+    told = "sslmode" in url.query or "service" in url.query or "PGSSLMODE" in os.environ
+    asked = url.query.get("host", ())
+    hosts = [url.host, *([asked] if isinstance(asked, str) else asked)]
+    away = [host for host in hosts if host and not host.startswith(("/", "127.")) and host not in ("localhost", "::1")]
+    if away and not told:
+        raise DataError(
+            f"{file}: url says nothing of encryption, and the server is another machine: add "
+            "?sslmode=verify-full&sslrootcert=FILE (sslmode=disable only on a wire that is yours alone)"
+        )
 
 
 def _keep_digits(connection: Any, _record: Any) -> None:

@@ -158,7 +158,15 @@ def read_query(
                 portions[name].append(_column(cells))
     if not count:
         raise DataError(f"{file}: the query gives no record")
-    frame = pd.DataFrame({name: _joined(portions.pop(name)) for name in wanted})
+    columns_read: dict[str, pd.Series[str]] = {}
+    for name in wanted:
+        try:
+            columns_read[name] = _joined(portions.pop(name))
+        except (ValueError, OverflowError, arrow.ArrowException):  # they quote what they could not read
+            raise DataError(
+                f"{file}: column {name!r} of the query holds what is no text: cast it in the query"
+            ) from None
+    frame = pd.DataFrame(columns_read)
     frame.index = pd.RangeIndex(1, count + 1)
     return frame
 

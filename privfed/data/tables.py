@@ -151,7 +151,9 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         task = task or Classification()
         parts = [self._part(site, file, task, seed) for site, file in files.items()]
         classes = tuple(self.classes)
-        sites, notes = gathered(parts, classes=classes, label=self.label, minimum_records=self.minimum_records)
+        # A hospital's own file: whether its records are of one class is nobody else's business, and others have more
+        looked_at = () if len(self.files) == 1 else classes
+        sites, notes = gathered(parts, classes=looked_at, label=self.label, minimum_records=self.minimum_records)
         filled = set().union(*(part.filled for part in parts))
         notes += [
             f"column {column.name!r} has no value in any record: it tells nothing, remove it"

@@ -58,8 +58,18 @@ def read(path: Path, *, private: bool = False) -> bytes:
 
 
 def write_toml(path: Path, value: msgspec.Struct, *, comment: str, private: bool = False) -> None:
-    text = f"# {comment}\n\n{tomlkit.dumps(_without_none(msgspec.to_builtins(value)))}"
+    text = f"# {comment}\n\n{toml_text(msgspec.to_builtins(value))}"
     write(path, text.encode(), private=private)
+
+
+def toml_text(table: dict[str, Any]) -> str:
+    """TOML, a line for each key that has a value."""
+    return tomlkit.dumps(_without_none(table))
+
+
+def toml_keys(text: bytes) -> frozenset[str]:
+    """The keys that a text gives, of one that `parse_toml` has read."""
+    return frozenset(tomllib.loads(text.decode()))
 
 
 def parse_toml(text: bytes, kind: type[T], where: object) -> T:

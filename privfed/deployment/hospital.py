@@ -47,6 +47,7 @@ Strict = Policy(
     release_figures=False,
     require_privacy=True,
     require_secure_aggregation=True,
+    key_holders=(),
 )
 """What a site demands unless it decides otherwise."""
 
@@ -80,6 +81,20 @@ class SiteFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 class _Keys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     secagg: Hex32
     ledger: Hex32
+
+
+def given_policy(path: Path) -> Policy:
+    """A policy file that a person wrote; what it leaves out is as strict as without one. Raises `DeploymentError`."""
+    text = files.read(path)
+    said = files.parse_toml(text, Policy, path)
+    return msgspec.structs.replace(Strict, **{name: getattr(said, name) for name in files.toml_keys(text)})
+
+
+def _always() -> list[str]:
+    """The lines that every policy has, as the strict one has them; the others may be left away."""
+    names = [field.name for field in msgspec.structs.fields(Policy) if field.default is not None]
+    lines = files.toml_text(msgspec.to_builtins(Strict)).splitlines()
+    return [line for line in lines if line.split(" = ")[0] in names]
 
 
 @dataclass(frozen=True)
@@ -187,8 +202,17 @@ class Hospital:
 
     @property
     def policy(self) -> Policy:
-        """The site's own demands. Read anew each time: an edit counts from the next job on."""
-        return files.parse_toml(files.read(self.home / POLICY), Policy, self.home / POLICY)
+        """The site's own demands. Read anew each time: an edit counts from the next job on.
+
+        Raises:
+            DeploymentError: it has an unknown line, or lacks one: a file that was cut short must not demand less.
+        """
+        path = self.home / POLICY
+        text = files.read(path)
+        found, there = files.parse_toml(text, Policy, path), files.toml_keys(text)
+        if lines := [line for line in _always() if line.split(" = ")[0] not in there]:
+            raise DeploymentError(f"{path}: it was cut short, or edited: add {', '.join(lines)}, or what you demand")
+        return found
 
     @property
     def roster(self) -> Roster:

@@ -162,7 +162,8 @@ class Inspector:
 
     Guarantees:
         What it says is the same whatever records the table holds, as long as each agreed column holds what was agreed
-        on. What it adds to a sum is zeros. One sum an order, with this site's keys, in a session that is no round's.
+        on and there is a record at all. It names none of the site's own files. What it adds to a sum is zeros. One sum
+        an order, with this site's keys, in a session that is no round's.
     """
 
     def __init__(self, open_site: Callable[[], Hospital], *, clock: Callable[[], datetime] = utc_now) -> None:
@@ -184,7 +185,8 @@ class Inspector:
 
     def _about(self, look: Look) -> About:
         now = self._clock()
-        known: dict[str, Any] = {"versions": versions(), "clock": now.timestamp()}
+        # Whole seconds: more would tell how long reading the table took
+        known: dict[str, Any] = {"versions": versions(), "clock": float(int(now.timestamp()))}
         try:
             hospital = self._open_site()
             roster, terms = hospital.roster, hospital.terms
@@ -197,14 +199,16 @@ class Inspector:
                 "task": terms.task,
                 "columns": column_faults(terms.data, terms.task, hospital.file.data),
             }
-            if not known["columns"]:
+            fits = not known["columns"]
+            if fits and not is_database(hospital.file.data):
                 hospital.records()
+            if fits and look.experiment:
+                known["refuses"] = self._refuses(hospital, look.experiment, now)
         except (PrivfedError, PrivacyError, AggregationError, ValueError, OSError) as error:
             logger.error("this site can not work: %s", error)  # its own log: the message names local files
             what = "its table" if isinstance(error, DataError) else "its folder"
             return About(**known, unready=f"it can not read {what}: its log says why")
-        refuses = self._refuses(hospital, look.experiment, now) if look.experiment and not known["columns"] else ""
-        return About(**known, refuses=refuses)
+        return About(**known)
 
     def _refuses(self, hospital: Hospital, experiment: bytes, now: datetime) -> str:
         try:
@@ -223,6 +227,9 @@ class Inspector:
             if began != bare:
                 return Said(b"", "another sum than the one that was begun in this job")
             return Said(machine.receive(dry.payload))
+        except files.DeploymentError as error:
+            logger.error("this site can not work: %s", error)  # as above
+            return Said(b"", "it can not read its folder: its log says why")
         except (PrivfedError, AggregationError, ValueError) as error:
             return Said(b"", str(error))
 
@@ -251,7 +258,7 @@ class Inspector:
 def column_faults(table: Table, task: Target, file: str) -> dict[str, str]:
     """Agreed columns that a site's file lacks, or that hold something else: name → what is wrong.
 
-    A database is asked for its columns and types alone: no record is read.
+    A database is asked for its columns and types alone, here and by the whole preflight: no record is read.
 
     Raises:
         DataError: the file is no table at all.
@@ -285,9 +292,18 @@ def decode_reply(body: bytes) -> About | Said:
         ValueError: it is no answer to a preflight.
     """
     try:
-        return msgspec.msgpack.decode(body, type=About | Said)
-    except (msgspec.MsgspecError, RecursionError):
+        return msgspec.convert(_printable(msgspec.msgpack.decode(body)), About | Said)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
         raise ValueError("no answer to a preflight") from None
+
+
+def _printable(value: Any) -> Any:
+    """The same, every text in it as it may be shown."""
+    if isinstance(value, dict):
+        return {_printable(key): _printable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_printable(item) for item in value]
+    return wire.printable(value) if isinstance(value, str) else value
 
 
 def _validity(hospital: Hospital) -> tuple[float, float] | None:

@@ -13,7 +13,7 @@ from privfed.data.tables import Table
 from privfed.errors import PrivfedError
 from privfed.keyring import ledger_key, site_key
 from privfed.noise_levels import noise_levels
-from privfed.policy import check_hours, check_names, check_policy
+from privfed.policy import check_hours, check_names, check_policy, check_size
 from privfed.privacy import noise
 from privfed.privacy.accountant import Accountant
 from privfed.privacy.errors import PrivacyError
@@ -71,16 +71,20 @@ def would_refuse(hospital: Hospital, config: Config, now: datetime | None = None
 
     Args:
         now: the site's local time; default its clock's.
+
+    Raises:
+        PrivfedError, PrivacyError: the site's own folder or books can not be read; the message names local files.
     """
     terms, policy = hospital.terms, hospital.policy
     if not isinstance(config.data, Table) or papers.agreed(config.data) != terms.data or config.task != terms.task:
         return "it reads another table, or predicts something else, than the consortium agreed on"
-    accountant = Accountant()
+    accountant, spent = Accountant(), read(hospital).epsilon
     try:
         check_names(config, policy)  # before a module that it names is imported for its size
         plan = _first_plan(hospital, config, accountant)
         check_policy(plan, policy, insecure=hospital.file.study is not None)
-        if (reason := _beyond_budget(hospital, plan, accountant)) is not None:
+        check_size(config, schema_of(terms), policy)
+        if (reason := _beyond_budget(hospital, plan, spent, accountant)) is not None:
             return reason
         check_hours(policy, now or utc_now().astimezone())
     except (PrivfedError, PrivacyError, AggregationError, ValueError) as error:
@@ -115,10 +119,10 @@ def _first_plan(hospital: Hospital, config: Config, accountant: Accountant) -> w
     )
 
 
-def _beyond_budget(hospital: Hospital, plan: wire.RoundPlan, accountant: Accountant) -> str | None:
+def _beyond_budget(hospital: Hospital, plan: wire.RoundPlan, spent: float, accountant: Accountant) -> str | None:
     """What of the site's budget the whole run would not fit into."""
     config, policy = plan.config, hospital.policy
-    limit, spent, target = policy.max_epsilon, read(hospital).epsilon, config.privacy.target_epsilon
+    limit, target = policy.max_epsilon, config.privacy.target_epsilon
     if (most := policy.max_epsilon_per_run) is not None and config.privacy.noise_multiplier is not None:
         encoding = plan_encoding(plan, parameter_count(config, schema_of(hospital.terms)))
         charges = planned_charges(config, encoding, plan.noise_multiplier, config.rounds)
@@ -139,5 +143,9 @@ def _refusals(hospital: Hospital) -> tuple[str, ...]:
     """The last refusals in the logs of this site's jobs."""
     found: list[str] = []
     for path in sorted((hospital.home / KIT).glob("*/log.txt")):
-        found += [line.strip() for line in path.read_text(errors="replace").splitlines() if " refuses: " in line]
+        found += [
+            wire.printable(line.strip())
+            for line in path.read_text(errors="replace").splitlines()
+            if " refuses: " in line
+        ]
     return tuple(found[-10:])

@@ -1,6 +1,7 @@
 """What a site agreed to, in plain words: for the person who starts it, not for the one who wrote it."""
 
 from privfed.config import Policy
+from privfed.wire import printable
 
 from . import papers
 from .papers import Terms
@@ -39,7 +40,7 @@ def agreement(terms: Terms, policy: Policy, *, name: str, data: str) -> str:
         f"The authority that signs the list of sites: {papers.fingerprint(bytes.fromhex(terms.authority))}",
         "What was asked, refused and spent: privfed site status. To stop: end the process; to leave: tell the contact.",
     ]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))  # the coordinator wrote names and the contact: not a line of ours
 
 
 def _narrower(policy: Policy) -> list[str]:
@@ -54,6 +55,7 @@ def _narrower(policy: Policy) -> list[str]:
         ("model", policy.models),
         ("privacy unit", policy.units),
         ("aggregation", policy.aggregations),
+        ("key holder", policy.key_holders),
     ):
         if names is not None:
             lines.append(f"  no other {kind} than {', '.join(names) or 'none at all'};")

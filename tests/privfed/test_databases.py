@@ -31,7 +31,7 @@ from privfed.data.split import split as cut
 from privfed.data.tables import Table
 from privfed.deployment import papers, survey
 from privfed.deployment.hospital import Hospital
-from privfed.deployment.inspection import Inspector
+from privfed.deployment.inspection import About, Inspector, decode_reply
 from privfed.engines.local import LocalEngine
 from privfed.errors import ConfigError, DataError
 from privfed.tasks import Classification
@@ -397,3 +397,54 @@ def test_a_preflight_names_the_columns_that_a_query_lacks_and_nothing_of_the_que
         assert b"SELECT" not in reply and b"sqlite" not in reply and b"t.toml" not in reply
         written(tmp_path, url="sqlite:///t.db", query=f"SELECT {names}, area FROM t")
         assert look() == {}
+
+
+def test_a_preflight_of_a_database_reads_no_record(tmp_path: Path) -> None:
+    paths = house.tables(tmp_path / "tables")
+    names = "radius, texture, perimeter, area, smoothness, compactness, label"
+    with sqlite3.connect(tmp_path / "t.db") as connection:
+        pd.read_csv(paths["north"]).to_sql("t", connection, index=False)
+    connection.close()
+    none = f"SELECT {names} FROM t WHERE abs(-9223372036854775808 + 0 * label) > 0"  # whoever reads one fails
+    config = house.experiment(paths, model={"hidden": [4]})
+    with house.without_flare():
+        house.found(tmp_path, config, study=False)
+        own = tmp_path / "north" / "site.toml"
+        own.write_text(own.read_text().replace(paths["north"], written(tmp_path, url="sqlite:///t.db", query=none)))
+        site = Inspector(lambda: Hospital.open(tmp_path / "north"))
+        reply = decode_reply(site.handle(msgspec.msgpack.encode(survey.Look(msgspec.msgpack.encode(config)))))
+        assert isinstance(reply, About)
+        assert (reply.unready, reply.columns, reply.refuses) == ("", {}, "")
+        with pytest.raises(DataError):
+            Hospital.open(tmp_path / "north").records()
+
+
+def test_what_is_no_text_is_named_by_its_column_alone(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "t.db") as connection:
+        connection.execute("CREATE TABLE t (x BLOB)")
+        connection.execute("INSERT INTO t VALUES (?)", (b"\xff" + SECRET.encode(),))
+    connection.close()
+    with pytest.raises(DataError, match="column 'x' of the query holds what is no text") as refusal:
+        read_query(written(tmp_path, url="sqlite:///t.db", query="SELECT x FROM t"), None, **MAXIMUM)
+    assert "0xff" not in str(refusal.value) and refusal.value.__suppress_context__
+
+
+@pytest.mark.skipif(find_spec("psycopg") is None, reason="the extra [sql] has no driver here")
+@pytest.mark.parametrize(
+    ("url", "refused"),
+    [
+        ("postgresql://u@db.example.invalid/x", True),
+        ("postgresql://u@/x?host=db.example.invalid", True),
+        ("postgresql://u@/x?host=/run/postgresql&host=db.example.invalid", True),
+        ("postgresql://u@db.example.invalid/x?sslmode=verify-full", False),
+        ("postgresql://u@127.0.0.1:1/x", False),
+        ("postgresql://u@/x?host=/nowhere", False),
+    ],
+)
+def test_a_server_elsewhere_is_not_asked_before_its_encryption_is_decided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, refused: bool
+) -> None:
+    monkeypatch.delenv("PGSSLMODE", raising=False)
+    file = written(tmp_path, url=url, query="SELECT 1 AS x")
+    with pytest.raises(DataError, match="says nothing of encryption" if refused else "can not connect"):
+        describe(file)

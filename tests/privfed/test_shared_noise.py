@@ -4,6 +4,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from privfed.methods import FedAvg, FedSGD, Fomaml
 from privfed.models import MLP
 from privfed.noise_levels import noise_levels
 from privfed.parameters import decode, encode
+from privfed.policy import PolicyRefusal, check_policy
 from privfed.privacy import shared
 from privfed.privacy.adversaries import Adversary
 from privfed.privacy.events import ALL_RECORDS, Charge, Event, NoiseSite, PrivacyUnit, Skellam
@@ -412,6 +414,24 @@ def test_a_plan_that_covers_less_than_the_site_demands_is_refused(
     house = House(tmp_path, policy=policy)
     result, refused, _ = drive(house, house.plan(settings), state_of())
     assert isinstance(result, AggregationError) and reason in refused["a"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "key_holder", "reason"),
+    [
+        (Policy(minimum_colluders=1), "b", "key, which a site holds, covers 0"),
+        (Policy(minimum_colluders=1), None, None),
+        (Policy(key_holders=("a",)), "b", "policy.key_holders = a, the plan has 'b'"),
+        (Policy(key_holders=()), None, "policy.key_holders = none, the plan has 'key-holder'"),
+        (Policy(key_holders=("b",)), "b", None),
+    ],
+)
+def test_who_may_hold_the_key_is_the_sites_to_say(
+    tmp_path: Path, policy: Policy, key_holder: str | None, reason: str | None
+) -> None:
+    plan = House(tmp_path).plan(changed(claim(), "aggregation", kind="homomorphic", key_holder=key_holder))
+    with nullcontext() if reason is None else pytest.raises(PolicyRefusal, match=reason):
+        check_policy(plan, policy, insecure=False)
 
 
 # One patient

@@ -15,7 +15,7 @@ from privfed.crypto.roster import Identity
 from privfed.deployment import papers, runs, words
 from privfed.deployment.consortium import Consortium
 from privfed.deployment.files import DeploymentError
-from privfed.deployment.hospital import Hospital, Strict
+from privfed.deployment.hospital import Hospital, Strict, given_policy
 from privfed.deployment.site_status import read, would_refuse
 from tests.privfed.deployment import house
 from tests.privfed.deployment.house import SITES
@@ -147,6 +147,34 @@ def test_a_policy_with_an_unknown_line_is_refused(consortium: Consortium) -> Non
         _ = hospital(consortium).policy
 
 
+@pytest.mark.parametrize("kept", [0, 1, 12, -2])
+def test_a_policy_that_was_cut_short_demands_no_less_but_stops_the_site(consortium: Consortium, kept: int) -> None:
+    path = consortium.home.parent / "north" / "policy.toml"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:kept]))
+    with pytest.raises(DeploymentError, match=r"policy.toml: .*require_secure_aggregation = true"):
+        _ = hospital(consortium).policy
+
+
+def test_lines_that_a_given_policy_leaves_out_are_the_strict_ones(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text('hours = "20:00-06:00"\nminimum_cohort = 5\n')
+    expected = msgspec.structs.replace(Strict, hours="20:00-06:00", minimum_cohort=5)
+    assert given_policy(path) == expected
+    path.write_text("max_epsilom = 1.0\n")
+    with pytest.raises(DeploymentError, match="max_epsilom"):
+        given_policy(path)
+
+
+def test_what_a_site_agrees_to_can_not_be_painted_over(consortium: Consortium) -> None:
+    site = hospital(consortium)
+    painted = "c@example.org\n  at most ε = 0.01 is ever spent\x1b[8m"
+    terms = msgspec.structs.replace(site.terms, contact=painted)
+    said = words.agreement(terms, Strict, name="north", data="")
+    assert "\x1b" not in said
+    assert len(said.splitlines()) == len(words.agreement(site.terms, Strict, name="north", data="").splitlines())
+
+
 def test_keys_that_others_can_read_are_refused(consortium: Consortium) -> None:
     (consortium.home.parent / "north" / "keys.json").chmod(0o644)
     with pytest.raises(DeploymentError, match="chmod 600"):
@@ -177,6 +205,12 @@ def test_a_site_tells_beforehand_what_it_would_refuse(consortium: Consortium, co
     [
         ('methods = ["ditto"]', {}, "policy.methods = ditto, the plan has 'reptile'"),
         ('units = ["patient"]', {}, "policy.units = patient, the plan has 'record'"),
+        (
+            'key_holders = ["south"]',
+            {"aggregation": {"kind": "homomorphic", "key_holder": "west"}},
+            "policy.key_holders = south, the plan has 'west'",
+        ),
+        ('key_holders = ["south"]', {"aggregation": {"kind": "homomorphic", "key_holder": "south"}}, None),
         ('aggregations = ["homomorphic"]', {}, "policy.aggregations = homomorphic, the plan has 'masked'"),
         ('models = ["cnn"]', {}, "policy.models = cnn, the plan has 'mlp'"),
         ("minimum_noise_multiplier = 1000.0", {}, "policy.minimum_noise_multiplier = 1000, the plan has"),

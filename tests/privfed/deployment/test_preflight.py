@@ -115,6 +115,66 @@ def test_a_table_that_can_not_be_read_is_the_sites_own_affair(consortium: Consor
     assert wrong(look(consortium)) == {"sites": "south: it can not read its table: its log says why"}
 
 
+def test_a_site_whose_records_are_all_of_one_class_says_what_others_say(consortium: Consortium, config: Config) -> None:
+    question = msgspec.msgpack.encode(Look(msgspec.msgpack.encode(config)))
+    before = inspectors(consortium)["north"].handle(question)
+    path = Path(config.data.files["north"])  # type: ignore[union-attr]
+    frame = pd.read_csv(path)
+    frame[frame["label"] == 1].to_csv(path, index=False)
+    assert inspectors(consortium)["north"].handle(question) == before
+    assert len(Hospital.open(consortium.home.parent / "north").records()) == (frame["label"] == 1).sum()
+
+
+def test_no_answer_names_a_file_of_the_site(consortium: Consortium, config: Config) -> None:
+    site = consortium.home.parent / "north"
+    dry = Dry(order="ab" * 8, step="client", payload=b"", cohort=(0, 1, 2), dim=4, bound=10, threshold=3,
+              minimum_cohort=3, colluders=1)  # fmt: skip
+    asked: tuple[Any, ...] = (Look(), Look(msgspec.msgpack.encode(config)), dry)
+
+    def answers() -> list[About | Said]:
+        return [decode_reply(inspectors(consortium)["north"].handle(msgspec.msgpack.encode(each))) for each in asked]
+
+    def private(reply: About | Said) -> bool:
+        text = repr(reply)
+        return str(site) not in text and "0600" not in text and "chmod" not in text and "max_epsilom" not in text
+
+    (site / (LEDGER + ".key")).chmod(0o644)
+    assert all(map(private, answers()))
+    assert getattr(answers()[1], "unready", "") == "it can not read its folder: its log says why"
+    (site / (LEDGER + ".key")).chmod(0o600)
+    policy = (site / "policy.toml").read_text()
+    (site / "policy.toml").write_text(policy + "max_epsilom = 1.0\n")
+    assert all(map(private, answers()))
+    (site / "policy.toml").write_text(policy)
+    (site / "keys.json").chmod(0o644)
+    assert all(map(private, answers()))
+
+
+def test_a_clock_is_told_in_whole_seconds(consortium: Consortium) -> None:
+    site = inspectors(consortium, north=NOW + timedelta(microseconds=123456))["north"]
+    reply = decode_reply(site.handle(msgspec.msgpack.encode(Look())))
+    assert isinstance(reply, About) and reply.clock == NOW.timestamp()
+
+
+def test_a_model_beyond_the_policy_is_told_beforehand(consortium: Consortium, config: Config) -> None:
+    path = consortium.home.parent / "south" / "policy.toml"
+    path.write_text(path.read_text().replace("max_parameters = 50000000", "max_parameters = 37"))
+    found = wrong(look(consortium, config))
+    assert found["policies"] == "south: policy.max_parameters = 37, the plan's model has 38"
+    assert "south: policy.max_parameters = 37, the sum has 38" in found["a secure sum over zeros"]
+
+
+def test_what_a_site_says_moves_no_cursor_at_the_coordinator(consortium: Consortium) -> None:
+    class Painter(Inspector):
+        def _about(self, question: Look) -> About:
+            said = "\x1b[2J\x1b[31mall is well\nclocks ok"
+            return msgspec.structs.replace(super()._about(question), unready=said, refuses=said)
+
+    sites = inspectors(consortium)
+    sites["west"] = Painter(lambda: Hospital.open(consortium.home.parent / "west"), clock=lambda: NOW)
+    assert wrong(look(consortium, sites=sites))["sites"] == "west: \ufffd[2J\ufffd[31mall is well\ufffdclocks ok"
+
+
 def test_other_terms_than_the_consortiums_are_named_by_column(consortium: Consortium, config: Config) -> None:
     path = consortium.home.parent / "west" / "consortium.toml"
     text = path.read_text()
