@@ -1,14 +1,15 @@
 """Transfer: the handwriting of one population (hsf 0, census takers) to another (hsf 4, pupils), by target records.
 
-The source is a network trained on 1,000 or 8,000 digits of hsf 0, in one place and without privacy: public. The target
-is ten sites of pupils with 50 or 200 training records in all. Every way is `privfed.run`: without privacy, and at ε = 4
-for a record, with noise in shares (the weighted objective takes its steps at the site, so its noise is local). On 3,000
-other records of the same sites: accuracy; each seed draws other writers. "±" is half of a 95 % interval over the seeds
-(Student t), for differences the paired one.
+The source is a network trained on 1,000 or 8,000 digits of hsf 0, in one place and without privacy: public. It is
+trained to its end (the epochs were chosen on other records of hsf 0), so that what more of the source's records would
+give does not pass for transfer. The target is ten sites of pupils with 50 or 200 training records in all. Every way is
+`privfed.run`: without privacy, and at ε = 4 for a record, with noise in shares (the weighted objective takes its steps
+at the site, so its noise is local). On 3,000 other records of the same sites: accuracy; each seed draws other writers.
+"±" is half of a 95 % interval over the seeds (Student t), for differences the paired one.
 
-Rates and rounds were searched with the large source and 200 records on half of the pupils; the other half is measured.
-"best transfer" is the way with the best mean, named: with four ways to choose from that is a small advantage, so all
-stand beside it.
+Rates and rounds were searched on half of the pupils; the other half is measured, with ten seeds: that number was fixed
+before. "best transfer" is the way with the best mean, named: with five ways to choose from that is a small advantage,
+so all stand beside it.
 
 Finds the records through PRIVFED_DATA (`privfed data describe mnist-by-writer`). Each run's result is kept in
 `runs/transfer`: a benchmark that was stopped goes on where it was, and any change of the code starts anew.
@@ -36,8 +37,10 @@ from privfed.models import MLP, Inputs
 
 SOURCES, SITES, TESTS = (1000, 8000), 10, 300  # the last: of each site
 HIDDEN = (64, 32)
+EPOCHS = 100  # of a source
 WAYS: dict[str, dict[str, Any]] = {
     "target alone": {},
+    "all parameters, from the base on": {"train": "all"},
     "frozen base, new steps of the head": {"train": "last"},
     "partial unfreezing, two layers": {"train": "last", "layers": 2},
     "low rank, 4": {"train": "low-rank", "rank": 4},
@@ -46,16 +49,19 @@ WAYS: dict[str, dict[str, Any]] = {
 SETTINGS = {  # rate and rounds
     "no privacy": {
         "target alone": (0.1, 40),
+        "all parameters, from the base on": (0.03, 40),
         "frozen base, new steps of the head": (0.03, 40),
-        "partial unfreezing, two layers": (0.01, 40),
+        "partial unfreezing, two layers": (0.03, 40),
         "low rank, 4": (0.03, 40),
-        "weighted objective": (0.03, 40),
+        "weighted objective": (0.03, 100),
     },
+    # The noise of a mean over a quarter of the records is four times as large: rates of a transfer fall with them
     "ε = 4": {
         "target alone": (0.4, 20),
-        "frozen base, new steps of the head": (0.1, 20),
-        "partial unfreezing, two layers": (0.2, 20),
-        "low rank, 4": (0.2, 20),
+        "all parameters, from the base on": (0.08, 5),
+        "frozen base, new steps of the head": (0.08, 5),
+        "partial unfreezing, two layers": (0.08, 5),
+        "low rank, 4": (0.2, 5),
         "weighted objective": (0.05, 20),
     },
 }
@@ -74,7 +80,7 @@ BARS = tuple(
 def main() -> None:
     options = parse(__doc__)
     report = Report("transfer", packages=("torch", "opacus", "numpy"))
-    cells, seeds = Cells(__file__), 2 if options.quick else 5
+    cells, seeds = Cells(__file__), 2 if options.quick else 10
     torch.set_num_threads(1)
     for size in SOURCES:
         for records in (200,) if options.quick else (200, 50):
@@ -114,7 +120,7 @@ def half(ours: list[float], theirs: list[float]) -> str:
 
 def source_file(size: int) -> tuple[Path, str]:
     """The network of a source of ``size`` records, made once; and its SHA-256."""
-    file = HERE / "runs" / "transfer" / f"source-{size}-{'-'.join(map(str, HIDDEN))}.safetensors"
+    file = HERE / "runs" / "transfer" / f"source-{size}-{EPOCHS}-{'-'.join(map(str, HIDDEN))}.safetensors"
     if not file.exists():
         x, y, _ = written_by(0)
         chosen = np.random.default_rng(0).permutation(len(x))[:size]
@@ -122,7 +128,9 @@ def source_file(size: int) -> tuple[Path, str]:
         network = MLP(hidden=HIDDEN).build(Inputs(784), 10, seed=0)
         optimiser = torch.optim.Adam(network.parameters(), lr=1e-3, weight_decay=1e-4)
         draws = torch.Generator().manual_seed(0)
-        for _ in range(12):
+        for epoch in range(EPOCHS):
+            for group in optimiser.param_groups:
+                group["lr"] = 1e-3 * (1 - epoch / EPOCHS)
             for rows in torch.randperm(len(inputs), generator=draws).split(64):
                 optimiser.zero_grad()
                 torch.nn.functional.cross_entropy(network(inputs[rows]), targets[rows]).backward()
@@ -194,6 +202,8 @@ def accuracy(
         settings: rate and rounds, instead of those that the search gave.
     """
     lr, rounds = settings or SETTINGS[privacy][way]
+    if settings is None and privacy != "no privacy" and way in TRANSFER:
+        lr *= records / 200
     with tempfile.TemporaryDirectory() as scratch:
         table: dict[str, Any] = {
             "seed": seed,
@@ -221,7 +231,13 @@ def accuracy(
         if way == "weighted objective":
             public, sha256 = public_file(source)
             table["transfer"] |= {"public_source": data(public), "source_sha256": sha256}
-            table["method"] = {"name": "weighted", "local_steps": 1, "lr": lr, "source_rounds": rounds}
+            table["method"] = {
+                "name": "weighted",
+                "local_steps": 1,
+                "lr": lr,
+                "source_rounds": rounds,
+                "source_weight": 1.0,
+            }
             if privacy != "no privacy":
                 table["privacy"] |= {"noise": "local", "sample_rate": 1.0}
                 table["privacy"].pop("colluders")
