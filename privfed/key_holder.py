@@ -11,7 +11,7 @@ from privfed.crypto.roster import Identity, Roster
 from . import parameters, wire
 from .config import Policy
 from .errors import PrivfedError
-from .policy import PolicyRefusal
+from .policy import PolicyRefusal, check_names
 from .site import Site
 from .terms import key_holder_of, plan_encoding, session_of, side_encoding
 
@@ -25,7 +25,8 @@ class KeyHolder:
         identity: its private keys; their public side stands in ``roster``.
         roster: the roster it has accepted.
         journal: its own durable memory, not one that a site's client uses.
-        policy: its ``minimum_cohort`` and ``max_parameters`` are what this party demands, whatever a plan says.
+        policy: its ``minimum_cohort`` and ``max_parameters``, and the names that it accepts, its own in ``key_holders``
+            among them, are what this party demands, whatever a plan says.
 
     Guarantees:
         Those of `HomomorphicKeyHolder`, for the plan and model that it received itself. One key at a time: a round that
@@ -72,6 +73,7 @@ class KeyHolder:
             )
         if not plan.key_holder == self._index == key_holder_of(plan.config, self._roster):
             raise wire.WireError(f"{self.name} is not the key holder of this plan")
+        check_names(plan.config, self._policy)
         if plan.minimum_cohort < self._policy.minimum_cohort:
             raise PolicyRefusal(
                 f"policy.minimum_cohort = {self._policy.minimum_cohort}, the plan would release a sum of "

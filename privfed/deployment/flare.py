@@ -59,11 +59,8 @@ class SiteExecutor(ExchangeExecutor):
         try:
             home = kits.owner_of(local)
             if _preflight(job) is not None:
-                return Inspector(lambda: Hospital.open(home))
-            hospital = Hospital.open(home)
-            if hospital.file.name != site:
-                raise files.DeploymentError("the certificate is of another site than this folder")
-            return self._open.enter_context(hospital.opened(wait_seconds=LEAVE_SECONDS))
+                return Inspector(lambda: _own(home, site))
+            return self._open.enter_context(_own(home, site).opened(wait_seconds=LEAVE_SECONDS))
         except Exception as error:  # the others go on without this site, and its people find out why
             self._open.close()
             # It may name local files: they stay in this log
@@ -73,6 +70,14 @@ class SiteExecutor(ExchangeExecutor):
 
     def close_handler(self) -> None:
         self._open.close()
+
+
+def _own(home: Path, site: str) -> Hospital:
+    """The site in this folder, if the certificate is its own. Raises `DeploymentError`."""
+    hospital = Hospital.open(home)
+    if hospital.file.name != site:
+        raise files.DeploymentError("the certificate is of another site than this folder")
+    return hospital
 
 
 class Refusing:

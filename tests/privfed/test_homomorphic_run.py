@@ -129,6 +129,23 @@ def test_the_key_holder_demands_its_own_smallest_cohort(tmp_path: Path) -> None:
     assert reports[0].aborted is not None  # a site never takes another configuration for the same run
 
 
+@pytest.mark.parametrize(
+    ("policy", "line"),
+    [
+        (Policy(key_holders=()), "policy.key_holders = none, the plan has 'key-holder'"),
+        (Policy(aggregations=("masked",)), "policy.aggregations = masked, the plan has 'homomorphic'"),
+        (Policy(key_holders=(KEY_HOLDER,)), None),
+    ],
+)
+def test_nobody_holds_a_key_whose_own_policy_does_not_say_so(tmp_path: Path, policy: Policy, line: str | None) -> None:
+    house = KeyHouse(tmp_path)
+    house.key_holder = KeyHolder(
+        identity=house.identities[KEY_HOLDER], roster=house.roster, journal=MemoryJournal(), policy=policy
+    )
+    reports, _, _ = house.run(config(aggregation=HOMOMORPHIC, rounds=1))
+    assert reports[0].refused.get(KEY_HOLDER) == line
+
+
 def test_what_does_not_fit_is_refused_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="homomorphic aggregation needs at least 3 sites, there are 2"):
         cohort_of(config(aggregation=HOMOMORPHIC), 2)
