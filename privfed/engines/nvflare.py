@@ -37,6 +37,9 @@ JOB = "privfed.toml"
 """The one file of a job that is ours. It stands beside FLARE's two stubs."""
 
 BEAT_SECONDS = 2.0
+ORPHANED_SECONDS = 120.0
+"""How long a server may be silent before a site's job gives its folder back. FLARE does not end a job that was still
+starting when the server's ended, and the next one needs the folder."""
 SILENCE_SECONDS = 30.0
 """A site that has said nothing for so long is gone: nobody waits for it until the deadline."""
 
@@ -234,13 +237,17 @@ class ExchangeExecutor(Executor):  # type: ignore[misc]
         elif event_type in (EventType.END_RUN, EventType.ABORT_TASK) and self._handler is not None:
             self._over.set()
             if event_type == EventType.END_RUN:
-                with self._one:  # what is being answered is answered
-                    self._handler = None
-                    self.close_handler()
+                self._close()
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
         """Refused: a task would be handed again to a process that lost its memory."""
         return make_reply(ReturnCode.TASK_UNKNOWN)
+
+    def _close(self) -> None:
+        with self._one:  # what is being answered is answered
+            if self._handler is not None:
+                self._handler = None
+                self.close_handler()
 
     def _answer(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:
         body = request.get(BYTES)
@@ -251,8 +258,10 @@ class ExchangeExecutor(Executor):  # type: ignore[misc]
 
     def _beat(self, flare: Any) -> None:
         # A message that is sent before the handler is there would be lost: so the site speaks first
-        boot, wait = secrets.token_hex(8), 0.0
+        boot, wait, heard = secrets.token_hex(8), 0.0, time.monotonic()
         while not self._over.wait(wait):
+            if time.monotonic() - heard > ORPHANED_SECONDS:
+                return self._close()
             wait = BEAT_SECONDS
             try:
                 with flare.new_context() as context:
@@ -260,7 +269,9 @@ class ExchangeExecutor(Executor):  # type: ignore[misc]
                         ["server"], BEAT, Shareable({BOOT: boot}), BEAT_SECONDS, context, optional=True
                     )
                 reply = (found or {}).get("server")
-                if reply is None or reply.get_return_code() != ReturnCode.OK:
+                if reply is not None and reply.get_return_code() == ReturnCode.OK:
+                    heard = time.monotonic()
+                else:
                     wait = 0.25
             except Exception:  # the server may be gone for a while
                 wait = BEAT_SECONDS
