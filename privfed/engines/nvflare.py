@@ -26,6 +26,10 @@ from nvflare.apis.job_launcher_spec import JobHandleSpec, JobReturnCode
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 from nvflare.app_common.job_launcher.client_process_launcher import ClientProcessJobLauncher
+from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey
+from nvflare.fuel.f3.cellnet.defs import ReturnCode as CellCode
+from nvflare.fuel.f3.cellnet.fqcn import FQCN
+from nvflare.fuel.f3.cellnet.utils import make_reply as make_cell_reply
 
 from ..errors import PrivfedError
 from .contract import Handler
@@ -212,7 +216,12 @@ class ExchangeController(Controller):  # type: ignore[misc]  # FLARE has no type
 
 
 class ExchangeExecutor(Executor):  # type: ignore[misc]
-    """A site's side of a job: its handler is open for as long as the job runs."""
+    """A site's side of a job: its handler is open for as long as the job runs.
+
+    Guarantees:
+        No other site is heard: FLARE's server carries messages from site to site, and whoever speaks to a handler
+        speaks as the coordinator.
+    """
 
     _handler: Handler | None = None
 
@@ -231,6 +240,7 @@ class ExchangeExecutor(Executor):  # type: ignore[misc]
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type == EventType.START_RUN:
             self._over, self._one = threading.Event(), threading.Lock()
+            _hear_the_server_alone(fl_ctx.get_engine().get_cell())
             self._handler = self.open_handler(fl_ctx.get_identity_name(), _job_file(fl_ctx), _local(fl_ctx))
             fl_ctx.get_engine().register_aux_message_handler(TOPIC, self._answer)
             threading.Thread(target=self._beat, args=(fl_ctx.get_engine(),), daemon=True).start()
@@ -328,6 +338,23 @@ class _Respawning(JobHandleSpec):  # type: ignore[misc]
     def terminate(self) -> None:
         self.stopped = True
         self.process.terminate()
+
+
+def _hear_the_server_alone(cell: Any) -> None:
+    """Have a job process drop what another site sends it, on whatever channel.
+
+    Whose a message is, its origin says; the server passes no other on than that of the token it comes with.
+    """
+    own = FQCN.split(cell.get_fqcn())[0]
+
+    def check(message: Any) -> Any:
+        origin = FQCN.split(message.get_header(MessageHeaderKey.ORIGIN))[0]
+        if origin in (FQCN.ROOT_SERVER, own):
+            return None
+        logger.warning("a message of %r was dropped: sites have nothing to say to each other", origin)
+        return make_cell_reply(CellCode.UNAUTHENTICATED, "not from the server")
+
+    cell.core_cell.add_incoming_filter("*", "*", check)
 
 
 def _job_file(fl_ctx: FLContext) -> str:

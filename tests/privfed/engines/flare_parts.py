@@ -1,10 +1,15 @@
 """What the engines' suite has FLARE run: a controller that exchanges for the test, and a site that echoes."""
 
+from collections.abc import Callable
 from multiprocessing.connection import Listener
 from pathlib import Path
+from typing import Any
+
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
 
 from privfed.engines.contract import Handler
-from privfed.engines.nvflare import ExchangeController, ExchangeExecutor, FlareEngine
+from privfed.engines.nvflare import BYTES, TOPIC, ExchangeController, ExchangeExecutor, FlareEngine
 from tests.privfed.engines.echo import Echo
 
 
@@ -23,5 +28,27 @@ class RemoteControlled(ExchangeController):
 
 
 class Echoing(ExchangeExecutor):
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        self._flare = fl_ctx.get_engine()
+        super().handle_event(event_type, fl_ctx)
+
     def open_handler(self, site: str, job: str, local: Path) -> Handler:
-        return Echo(site)
+        return _Meddling(site, lambda: self._flare)
+
+
+class _Meddling(Echo):
+    """Also answers b"ask SITE …": by what another site says, asked as the coordinator asks."""
+
+    def __init__(self, name: str, flare: Callable[[], Any]) -> None:
+        super().__init__(name)
+        self._flare = flare
+
+    def handle(self, request: bytes) -> bytes:
+        command, _, rest = request.partition(b" ")
+        if command != b"ask":
+            return super().handle(request)
+        site, _, word = rest.partition(b" ")
+        with self._flare().new_context() as context:
+            found = self._flare().send_aux_request([site.decode()], TOPIC, Shareable({BYTES: word}), 10.0, context)
+        reply = found.get(site.decode())
+        return b"no answer" if reply is None or BYTES not in reply else bytes(reply[BYTES])

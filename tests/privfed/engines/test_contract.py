@@ -92,6 +92,12 @@ def test_only_the_named_sites_are_asked_each_with_its_own_request(rig: Rig) -> N
     assert after["south"] == before["south"] and after["north"] != before["north"]
 
 
+def test_a_site_answers_the_coordinator_alone(rig: Rig) -> None:
+    separate(rig)
+    assert rig.exchange({"south": b"name"}, LONG) == {"south": b"south"}
+    assert rig.exchange({"north": b"ask south name"}, LONG) == {"north": b"no answer"}
+
+
 def test_a_site_that_nobody_knows_is_a_dropout(rig: Rig) -> None:
     assert rig.exchange({"north": b"echo n", "nowhere": b"echo x"}, LONG) == {"north": b"n"}
 
