@@ -30,6 +30,7 @@ from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey
 from nvflare.fuel.f3.cellnet.defs import ReturnCode as CellCode
 from nvflare.fuel.f3.cellnet.fqcn import FQCN
 from nvflare.fuel.f3.cellnet.utils import make_reply as make_cell_reply
+from nvflare.private.defs import SysCommandTopic, TrainingTopic
 
 from ..errors import PrivfedError
 from .contract import Handler
@@ -46,6 +47,14 @@ ORPHANED_SECONDS = 120.0
 starting when the server's ended, and the next one needs the folder."""
 SILENCE_SECONDS = 30.0
 """A site that has said nothing for so long is gone: nobody waits for it until the deadline."""
+
+_NOT_OBEYED = (
+    SysCommandTopic.SHELL,
+    SysCommandTopic.REPORT_ENV,
+    SysCommandTopic.CONFIGURE_SITE_LOG,
+    TrainingTopic.CONFIGURE_JOB_LOG,
+)
+"""A server's orders that a site does not know: FLARE looks into the site's permissions only where the order says so."""
 
 Send = Callable[[str, bytes, float], bytes | None]
 
@@ -293,14 +302,29 @@ class RespawningLauncher(ClientProcessJobLauncher):  # type: ignore[misc]
     The new process has the old one's books and none of its memory: it refuses what it can not know, and takes part
     again from the next round on.
 
+    It is the one part of ours in the process that waits for jobs. So it closes there what FLARE leaves open.
+
     Args:
         tries: how often in one job, of a process that was killed. One that ended by itself, with an error, is tried
             once more: what a job asks for and a site refuses, it refuses again.
+
+    Guarantees:
+        The site's process obeys no shell command, tells no path and changes no log for the server; other sites are
+        not heard.
     """
 
     def __init__(self, tries: int = 10) -> None:
         super().__init__()
         self._tries = tries
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Also closes what FLARE leaves open in the process that waits for jobs,"""
+        agent = getattr(fl_ctx.get_engine(), "admin_agent", None)
+        if event_type == EventType.SYSTEM_START and agent is not None:  # no job process has one
+            _hear_the_server_alone(fl_ctx.get_engine().get_cell())
+            for topic in _NOT_OBEYED:
+                agent.processors.pop(topic, None)
+        super().handle_event(event_type, fl_ctx)
 
     def launch_job(self, job_meta: dict[str, Any], fl_ctx: FLContext) -> JobHandleSpec:
         start = super().launch_job

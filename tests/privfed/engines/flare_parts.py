@@ -7,6 +7,8 @@ from typing import Any
 
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
+from nvflare.private.admin_defs import Message
+from nvflare.private.defs import CellChannel, new_cell_message
 
 from privfed.engines.contract import Handler
 from privfed.engines.nvflare import BYTES, TOPIC, ExchangeController, ExchangeExecutor, FlareEngine
@@ -23,8 +25,14 @@ class RemoteControlled(ExchangeController):
                     method, arguments = connection.recv()
                 except EOFError:
                     return
-                result = getattr(engine, method)(*arguments)
+                result = self._ordered(*arguments) if method == "order" else getattr(engine, method)(*arguments)
                 connection.send(dict(result) if method == "exchange" else result)
+
+    def _ordered(self, site: str, topic: str, body: str) -> str:
+        """What a site's own process, not its job, says to an order of its administration's kind."""
+        order = new_cell_message({}, Message(topic=topic, body=body))
+        reply = self._engine.get_cell().send_request(CellChannel.CLIENT_MAIN, topic, site, order, timeout=10.0)
+        return str(reply.payload.body)
 
 
 class Echoing(ExchangeExecutor):

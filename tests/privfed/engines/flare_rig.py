@@ -161,6 +161,9 @@ class Rig:
         found: dict[str, bytes] = self._call("exchange", dict(requests), deadline_seconds)
         return found
 
+    def order(self, site: str, topic: str, body: str) -> str:
+        return str(self._call("order", site, topic, body))
+
     def wait_for(self, sites: set[str]) -> None:
         assert self._call("wait_for", sites, 60.0) == sites
 

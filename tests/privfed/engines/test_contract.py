@@ -98,6 +98,23 @@ def test_a_site_answers_the_coordinator_alone(rig: Rig) -> None:
     assert rig.exchange({"north": b"ask south name"}, LONG) == {"north": b"no answer"}
 
 
+@pytest.mark.parametrize(
+    ("topic", "body"),
+    [
+        ("sys.shell", "pwd"),
+        ("sys.shell", "ls"),
+        ("sys.report_env", ""),
+        ("sys.configure_site_log", "DEBUG"),
+        ("train.configure_job_log", "DEBUG"),
+    ],
+)
+def test_a_server_that_asks_for_no_permission_gets_nothing_of_a_sites_machine(rig: Rig, topic: str, body: str) -> None:
+    separate(rig)
+    said = rig.order("south", topic, body)  # type: ignore[attr-defined]  # FLARE's rig
+    assert said == "invalid_request"
+    assert rig.exchange({"south": b"name"}, LONG) == {"south": b"south"}
+
+
 def test_a_site_that_nobody_knows_is_a_dropout(rig: Rig) -> None:
     assert rig.exchange({"north": b"echo n", "nowhere": b"echo x"}, LONG) == {"north": b"n"}
 
