@@ -103,6 +103,7 @@ def test_a_site_answers_the_coordinator_alone(rig: Rig) -> None:
     [
         ("sys.shell", "pwd"),
         ("sys.shell", "ls"),
+        ("sys.shell", "cat /etc/hostname"),
         ("sys.report_env", ""),
         ("sys.configure_site_log", "DEBUG"),
         ("train.configure_job_log", "DEBUG"),
