@@ -13,6 +13,8 @@ app = typer.Typer(
     help="Known data sets, a check of your own table, and simulated sites.", no_args_is_help=True, rich_markup_mode=None
 )
 
+_SITES_TOLD = 50
+
 
 def _folder() -> Path:
     from privfed.data.files import DATA_FOLDER
@@ -143,7 +145,7 @@ def split(
     import msgspec
 
     from privfed.data.partition import Partition
-    from privfed.data.split import draw
+    from privfed.data.split import PICTURES, draw
     from privfed.data.split import split as cut
     from privfed.errors import ConfigError
 
@@ -158,6 +160,11 @@ def split(
         raise ConfigError(f"--kind must be one of {', '.join(kinds)}, got {kind!r}")
     if missing := [name for name, value in kinds[kind].items() if value is None]:
         raise ConfigError(f"--kind {kind} needs {' and '.join(missing)}")
+    given = {"--sites": sites, "--alpha": alpha, "--by": by}
+    if idle := [name for name, value in given.items() if value is not None and name not in kinds[kind]]:
+        raise ConfigError(f"--kind {kind} does not read {' and '.join(idle)}: leave it away, or name another kind")
+    if plot is not None and plot.suffix not in PICTURES:  # before anything is written
+        raise ConfigError(f"can not draw {plot.name}: end its name in .svg, .png or .pdf")
     settings = {"kind": kind, "sites": sites, "alpha": alpha, "column": by, "strength": strength}
     wanted: dict[str, tuple[str, ...]] = {
         "iid": (),
@@ -188,6 +195,11 @@ def split(
         print_json({"records": len(found.names), "seed": seed, "out": str(out), "sites": rows})
         return
     typer.echo(f"{file}: {len(found.names)} records in {len(found.sites)} sites; who is where: {out}")
-    for site in found.sites:
-        typer.echo(f"  {site.name:<16} {site.records:>7}  {'  '.join(f'{k}: {v}' for k, v in site.labels.items())}")
+    for site in found.sites[:_SITES_TOLD]:
+        labels = "".join(f"  {name}: {count}" for name, count in site.labels.items())
+        typer.echo(f"  {site.name:<16} {site.records:>7}{labels}")
+    if len(found.sites) > _SITES_TOLD:
+        typer.echo(f"  … and {len(found.sites) - _SITES_TOLD} more (--json tells of all)")
+    if sites is not None and len(found.sites) < sites:
+        typer.echo(f"  note: {sites - len(found.sites)} of the {sites} sites got no record, and do not exist in a run")
     typer.echo(f'in a run: data.partition = {{ kind = "file", file = "{out}" }}, without data.site')

@@ -1,6 +1,7 @@
 """One table cut into sites, before any run: the assignment, what it looks like, and copies where they are asked for."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from .files import read_frame, separator_of
 from .partition import Partition, Uncut
 
 _MOST_CLASSES = 40
+_MOST_NAMES = 200
+PICTURES = (".svg", ".png", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -114,20 +117,14 @@ def _are_numbers(labels: "pd.Series[str]") -> bool:
 
 
 def _summarised(names: Sequence[str], labels: "pd.Series[str] | None") -> tuple[SiteOf, ...]:
-    where = np.array(names)
-    shown = labels is not None and not _are_numbers(labels)
+    shown = [""] * len(names) if labels is None or _are_numbers(labels) else labels.tolist()
+    counts: dict[str, Counter[str]] = {}
+    for site, text in zip(names, shown, strict=True):
+        counts.setdefault(str(site), Counter())[str(text)] += 1
+    told = labels is not None and not _are_numbers(labels)
     return tuple(
-        SiteOf(
-            str(site),
-            int((where == site).sum()),
-            {
-                str(text): int(count)
-                for text, count in sorted(labels[where == site].value_counts().items())  # type: ignore[index]
-            }
-            if shown
-            else {},
-        )
-        for site in sorted(set(names), key=_natural)
+        SiteOf(site, counts[site].total(), dict(sorted(counts[site].items())) if told else {})
+        for site in sorted(counts, key=_natural)
     )
 
 
@@ -141,14 +138,18 @@ def draw(cut: Split, file: Path) -> None:
     """A picture: a bar a site, as long as it has records, in the colours of its labels.
 
     Args:
-        file: its suffix says the kind: .svg, .png or .pdf.
+        file: its suffix says the kind, one of `PICTURES`.
     """
     from matplotlib.figure import Figure
 
     labels = sorted({label for site in cut.sites for label in site.labels})
-    figure = Figure(figsize=(7, 1.5 + 0.28 * len(cut.sites)), layout="constrained")
+    figure = Figure(figsize=(7, 1.5 + 0.28 * min(len(cut.sites), _MOST_NAMES)), layout="constrained")
     axes = figure.subplots()
-    names = [site.name for site in cut.sites]
+    names = np.arange(len(cut.sites))
+    if len(cut.sites) <= _MOST_NAMES:
+        axes.set_yticks(names, [site.name for site in cut.sites])
+    else:
+        axes.set_ylabel("sites, in order of their names")
     left = np.zeros(len(names))
     for label in labels or [""]:
         widths = [site.labels.get(label, 0) if labels else site.records for site in cut.sites]
@@ -159,7 +160,4 @@ def draw(cut: Split, file: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if labels:
         axes.legend(title="label", frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
-    try:
-        figure.savefig(file)
-    except ValueError:
-        raise ConfigError(f"can not draw {file.name}: end its name in .svg, .png or .pdf") from None
+    figure.savefig(file)

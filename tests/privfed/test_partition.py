@@ -179,11 +179,26 @@ def test_split_by_column_and_copies_when_asked(tmp_path: Path) -> None:
         (["--kind", "column"], "--by"),
         (["--kind", "column", "--by", "nope"], "nope"),
         (["--kind", "fancy"], "fancy"),
+        (["--kind", "iid", "--sites", "3", "--alpha", "1"], "does not read --alpha"),
+        (["--kind", "column", "--by", "town", "--sites", "3"], "does not read --sites"),
+        (["--kind", "iid", "--sites", "3", "--plot", "cut.gif"], "end its name in .svg"),
     ],
 )
 def test_split_says_what_is_missing(tmp_path: Path, arguments: list[str], message: str) -> None:
     said = COMMAND.invoke(app, ["data", "split", str(table(tmp_path)), *arguments, "--out", str(tmp_path / "o.csv")])
     assert said.exit_code != 0 and message in said.output + str(said.exception)
+    assert not (tmp_path / "o.csv").exists()  # the corrected command may write it
+
+
+def test_split_tells_of_sites_without_records_and_does_not_flood(tmp_path: Path) -> None:
+    plot = tmp_path / "cut.png"
+    arguments = ["--kind", "iid", "--sites", "300", "--out", str(tmp_path / "o.csv"), "--plot", str(plot)]
+    said = COMMAND.invoke(app, ["data", "split", str(table(tmp_path)), *arguments])
+    assert said.exit_code == 0, said.output
+    lines = said.stdout.splitlines()
+    assert "60 records in 60 sites" in lines[0]
+    assert "  … and 10 more (--json tells of all)" in lines and len(lines) == 1 + 50 + 3
+    assert "240 of the 300 sites got no record" in said.stdout and plot.stat().st_size > 0
 
 
 def test_an_assignment_of_another_table_is_refused(tmp_path: Path) -> None:
