@@ -84,6 +84,10 @@ def check(file: str, *, label: str | None, site: str | None, maximum_rows: int =
     lines += [f"decimal = {_quoted(decimal)}"] if decimal != "." else []
     lines.append(f"site = {_quoted(site)}" if site else '# site = "…"           # the column that names the hospital')
     lines.append(f"label = {_quoted(label)}" if label else '# label = "…"          # the column to predict')
+    record = next((name for name in frame.columns if name not in (label, site) and _names_records(frame[name])), None)
+    lines += (
+        [f"id = {_quoted(record)}   # confirm: does it stay the same when a record is corrected?"] if record else []
+    )
     lines.append(f"missing_values = [{', '.join(map(_quoted, _missing_in(frame)))}]")
     lines += _classes(frame, label, result)
     if site is None:
@@ -92,6 +96,8 @@ def check(file: str, *, label: str | None, site: str | None, maximum_rows: int =
     for name in frame.columns:
         if name == site:
             _look_at_site(frame[name], result)
+        elif name == record:
+            result.findings.append(Finding(name, "differs in every row: proposed as data.id, and no input", False))
         elif name != label:
             inputs += _propose(frame[name], decimal, result)
     result.proposal = "\n".join([*lines, *inputs]) + "\n"
@@ -100,6 +106,13 @@ def check(file: str, *, label: str | None, site: str | None, maximum_rows: int =
 
 def _guess(frame: pd.DataFrame, names: tuple[str, ...]) -> str | None:
     return next((column for name in names for column in frame.columns if column.strip().lower() == name), None)
+
+
+def _names_records(values: "pd.Series[str]") -> bool:
+    """Whether a column's name and cells are those of a record's id: no two alike, none missing."""
+    known = re.search(r"(^|_)(record|id|key|nr)$", str(values.name).strip().lower()) is not None
+    text = canonical(values)
+    return known and text.nunique() == len(text) and not text.isin(MISSING).any()
 
 
 def _missing_in(frame: pd.DataFrame) -> list[str]:

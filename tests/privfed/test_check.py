@@ -104,6 +104,15 @@ def test_problem_columns_are_named(tmp_path: Path) -> None:
     assert 'missing_values = ["", "NA", "?", "."]' in found.proposal
 
 
+def test_a_record_s_id_is_proposed_as_such_and_not_as_an_input(tmp_path: Path) -> None:
+    found = look(tmp_path, {"stay_id": [f"p{i}" for i in range(60)]} | table())
+    assert not found.problems and "stay_id: differs in every row" in told(found)
+    assert 'id = "stay_id"' in found.proposal and 'name = "stay_id"' not in found.proposal
+    run_on(found.proposal)
+    twice = look(tmp_path, {"stay_id": [f"p{i // 2}" for i in range(60)]} | table())
+    assert twice.problems and "id = " not in twice.proposal  # a patient with two rows: not a record's id
+
+
 def test_a_label_or_site_that_is_missing_unnamed_or_odd_is_told(tmp_path: Path) -> None:
     columns = table()
     assert "no site column was named or guessed" in told(
