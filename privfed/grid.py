@@ -64,9 +64,14 @@ def check_grid(config: Config, sites: int) -> None:
     """Return if the sum of so many sites' updates fits the words that aggregations add up.
 
     Raises:
-        ConfigError: it does not; with what would.
+        ConfigError: it does not; with what would. Or ``fraction_bits`` is given where no update goes on a grid.
     """
     settings = config.aggregation
+    if settings.fraction_bits is not None and not uses_grid(config):
+        raise ConfigError(
+            "aggregation.fraction_bits does nothing in this run: noise in shares, and noise for clients, choose their own "
+            "scale. Leave it away, or set privacy.noise = 'local'"
+        )
     if not config.method.sends or not uses_grid(config) or sites < 1:
         return
     most, asked = finest(settings.limit, sites), settings.fraction_bits

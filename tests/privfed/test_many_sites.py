@@ -16,6 +16,7 @@ from privfed import api, wire
 from privfed.api import prepare
 from privfed.cli.display import Display
 from privfed.config import Aggregation, Config, Evaluation
+from privfed.config_io import load_config
 from privfed.data.arrays import Arrays
 from privfed.data.partition import Alike
 from privfed.data.sources import BreastCancer
@@ -155,6 +156,9 @@ def test_what_the_message_says_fits() -> None:
     with pytest.raises(ConfigError, match=r"35 bits, and 32 are there; set aggregation\.fraction_bits to 13 or less"):
         check_grid(asked, 10_000)
     check_grid(config(aggregation=Aggregation(kind="plain", fraction_bits=13)), 10_000)
+    shares = load_config(None, ["aggregation.fraction_bits=12", "method.name=fedsgd", "privacy.noise=distributed"])
+    with pytest.raises(ConfigError, match=r"fraction_bits does nothing in this run: noise in shares"):
+        check_grid(shares, 5)
     with pytest.raises(ConfigError, match="13 or less"):
         check_grid(config(aggregation=Aggregation(kind="plain", fraction_bits=14)), 10_000)
     with pytest.raises(ConfigError, match=r"aggregation\.limit = 1e\+06.*lower it to 21474 or less"):
