@@ -43,6 +43,7 @@ from .terms import (
     deployment_of,
     finisher,
     parameter_count,
+    start_vector,
     update_size,
     worthwhile_colluders,
 )
@@ -137,6 +138,8 @@ def prepare(config: Config, *, facts: RunFacts | None = None, data: Sites | None
     else:
         noise_multiplier, side_noise = facts.noise_multiplier, facts.side_noise
     size = update_size(config, schema.features, parameter_count(config, schema))
+    if config.transfer.base is not None:
+        start_vector(config, schema)  # a base of another shape is told before there is a folder
     checked_encoding(config, cohort, size, noise_multiplier)
     return Preparation(
         config=config,

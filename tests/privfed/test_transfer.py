@@ -321,6 +321,9 @@ def test_a_base_of_another_shape_is_named(tmp_path: Path) -> None:
     path, named = table(tmp_path, "t.csv", n=60, seed=0), base(tmp_path)
     with pytest.raises(ConfigError, match=r"'0.weight' has shape \[7, 4\], the base has shape \[6, 4\]: set \[model\]"):
         build_model(settings(path, transfer=named, model={"hidden": [7, 5]}), SCHEMA)
+    with pytest.raises(ConfigError, match=r"set \[model\]"):
+        privfed.run(settings(path, transfer=named, model={"hidden": [7, 5]}), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()  # the corrected run may have the folder
     three = Schema(features=4, classes=3)
     with pytest.raises(ConfigError, match=r"set transfer\.fresh_head = true"):
         build_model(settings(path, transfer=named), three)
