@@ -263,11 +263,13 @@ def _verdict(summary: Summary) -> str:
         some = "public sites" if summary.utility.status == STATUS["public-cohort"] else "sites"
         lines.append(f"{hurt:.0%} of {some} have a personalized model worse than their own local-only one")
     if (unseen := summary.utility.unseen) is not None and unseen.personalized.mean is not None:
-        some = f"{unseen.sites} site{'s' if unseen.sites != 1 else ''} that took no part"
-        lines.append(
-            f"{some}: {summary.utility.metric} {unseen.personalized.mean:.4f} after adapting the model to themselves, "
-            f"worst decile {unseen.personalized.worst_decile:.4f}"
-        )
+        several = unseen.sites != 1
+        line = f"{unseen.sites} site{'s' if several else ''} that took no part: {summary.utility.metric} "
+        line += f"{unseen.personalized.mean:.4f} after adapting the model to {'themselves' if several else 'itself'}"
+        line += f", worst decile {unseen.personalized.worst_decile:.4f}" if several else ""
+        if unseen.global_.mean is not None and unseen.local_only.mean is not None:
+            line += f"; {unseen.global_.mean:.4f} without adapting, {unseen.local_only.mean:.4f} alone"
+        lines.append(line)
     if privacy.epsilon.max is not None:
         void = " VOID: the noise seed is known" if privacy.insecure_seed else ""
         lines.append(
