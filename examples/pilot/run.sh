@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A consortium of three hospitals on one machine: three folders, real processes, mTLS, masked sums, heart-disease records.
-# docs/pilot.md does the same by hand on four machines. Needs: pip install 'privfed[nvflare]', and PRIVFED_DATA naming the
+# docs/pilot.md does the same by hand on four machines. Needs: pip install -c constraints.txt '.[nvflare]', and PRIVFED_DATA naming the
 # folder that has heart_disease/ (privfed data describe heart-disease says where to get it).
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
