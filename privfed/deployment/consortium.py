@@ -48,8 +48,10 @@ class Consortium:
         """A new consortium around the table and the task of an experiment.
 
         Raises:
-            DeploymentError: the folder is not empty, FLARE is missing, or the experiment has no table of its own.
+            DeploymentError: the folder is not empty, FLARE is missing, the experiment has no table of its own, or no
+                consortium can have the name.
         """
+        papers.require_name(name, "a consortium")
         kits.require_flare()
         if not isinstance(config.data, Table):
             raise DeploymentError("a consortium needs data.source = 'csv': a table that the sites have, each its own")

@@ -109,8 +109,9 @@ class Hospital:
         """Make a site's keys, in a new folder of mode 0700, and the request that may leave it.
 
         Raises:
-            DeploymentError: the folder is not empty, or FLARE is missing.
+            DeploymentError: the folder is not empty, FLARE is missing, or no site can have the name.
         """
+        papers.require_name(name, "a site")
         kits.require_flare()
         if home.exists() and any(home.iterdir()):
             raise DeploymentError(f"{home} is not empty: nothing was changed; give a new folder")

@@ -4,6 +4,7 @@ All are signed, and nothing in them is secret: no private key is ever in one.
 """
 
 import io
+import re
 import zipfile
 from collections.abc import Mapping
 from typing import Annotated
@@ -58,6 +59,16 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     ca: str
     data: Table
     task: Target
+
+
+def require_name(name: str, whose: str) -> None:
+    """Return if a party or a consortium may have this name: it stands in certificates and names files.
+
+    Raises:
+        DeploymentError: it may not; says what a name is made of.
+    """
+    if re.fullmatch(NAME.removeprefix("^").removesuffix("$"), name) is None:
+        raise DeploymentError(f"{whose} can not be named {name!r}: take letters, digits and hyphens, 63 at most")
 
 
 def schema_of(terms: Terms) -> Schema:

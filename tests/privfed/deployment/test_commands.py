@@ -75,6 +75,21 @@ def test_a_pilot_from_its_founding_to_its_status(tmp_path: Path) -> None:
     assert Consortium(home).suspended == ("west",)
 
 
+@pytest.mark.parametrize("name", ["st mary", "../st-mary", "-mary", "", "m" * 64])
+def test_a_name_that_can_not_be_is_told_before_anything_is_made(tmp_path: Path, name: str) -> None:
+    made = tmp_path / "made"
+    with pytest.raises(DeploymentError, match="a site can not be named .*: take letters, digits and hyphens"):
+        privfed(
+            "consortium", "request", made, "--consortium", "pilot", f"--name={name}", "--organisation", "x",
+            "--contact", "it",
+        )  # fmt: skip
+    experiment = tmp_path / "experiment.toml"
+    experiment.write_text(config_io.to_toml(house.experiment(house.tables(tmp_path / "tables"), rounds=1)))
+    with pytest.raises(DeploymentError, match="a consortium can not be named"):
+        privfed("consortium", "new", made, "--experiment", experiment, f"--name={name}", "--contact", "x")
+    assert not made.exists()  # the corrected command may have the folder
+
+
 def test_a_stop_ends_a_block_after_the_round_that_is_under_way(tmp_path: Path) -> None:
     config = house.experiment(house.tables(tmp_path / "tables"), privacy=INSECURE)
     consortium = house.found(tmp_path, config)
