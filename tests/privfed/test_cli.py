@@ -98,7 +98,10 @@ def test_without_json_the_figures_stand_on_stdout_with_their_labels(command: Com
         (["run", "--set", "privacy.target_epsilom=3"], "did you mean privacy.target_epsilon?"),
         (["run", "--set", "rounds=ten"], "rounds = 'ten'"),
         (["run", "--set", "aggregation.threshold=9"], "threshold = 9 is above the cohort of 5"),
-        (["run", "--set", "aggregation.limit=1e6"], "aggregation.limit"),
+        (
+            ["run", "--set", "aggregation.limit=1e6", "--set", "aggregation.fraction_bits=16"],
+            "fraction_bits to 8 or less",
+        ),
         (["run", "--set", "privacy.unit=client"], "unit = 'client'"),
         (["run", "--ledger", "absent.db"], "there is no ledger at absent.db"),
         (["run", "--resume", "absent"], "absent"),

@@ -1,14 +1,17 @@
 """Sites that take no part in training and adapt the model that the others have made."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import privfed
 from privfed import config_io, parameters, wire
 from privfed.api import prepare
+from privfed.cli.display import Display
 from privfed.cohort import held_out
 from privfed.config import Config, Evaluation
 from privfed.doors import few, split
@@ -130,6 +133,13 @@ def test_a_whole_run_reports_both_kinds_of_sites(tmp_path: Path) -> None:
     assert run.summary.complete and run.summary.sites == 4 and "hospital-2" not in run.summary.privacy.epsilon.per_site
     assert found is not None and found.sites == 1 and found.personalized.mean is not None
     assert run.summary.utility.personalized.weighted_mean is not None
+    text = io.StringIO()
+    Display(to_stderr=False, console=Console(file=text, width=200)).finish(run)
+    adapted, plain, alone = (one.mean for one in (found.personalized, found.global_, found.local_only))
+    line = next(line for line in text.getvalue().splitlines() if line.startswith("1 site that took no part"))
+    assert line.endswith(
+        f"{adapted:.4f} after adapting the model to itself; {plain:.4f} without adapting, {alone:.4f} alone"
+    )
 
 
 def test_weights_count_in_the_weighted_mean_alone() -> None:
