@@ -69,8 +69,8 @@ def check_grid(config: Config, sites: int) -> None:
     settings = config.aggregation
     if settings.fraction_bits is not None and not uses_grid(config):
         raise ConfigError(
-            "aggregation.fraction_bits does nothing in this run: noise in shares, and noise for clients, choose their own "
-            "scale. Leave it away, or set privacy.noise = 'local'"
+            "aggregation.fraction_bits does nothing in this run: noise in shares and noise for clients choose a scale "
+            "of their own. Leave it away, or set privacy.noise = 'local'"
         )
     if not config.method.sends or not uses_grid(config) or sites < 1:
         return
