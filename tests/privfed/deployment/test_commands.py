@@ -78,7 +78,7 @@ def test_a_pilot_from_its_founding_to_its_status(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["st mary", "../st-mary", "-mary", "", "m" * 64])
 def test_a_name_that_can_not_be_is_told_before_anything_is_made(tmp_path: Path, name: str) -> None:
     made = tmp_path / "made"
-    with pytest.raises(DeploymentError, match="a site can not be named .*: take letters, digits and hyphens"):
+    with pytest.raises(DeploymentError, match=r"a site can not be named .*: take letters, digits and hyphens"):
         privfed(
             "consortium", "request", made, "--consortium", "pilot", f"--name={name}", "--organisation", "x",
             "--contact", "it",
