@@ -206,9 +206,12 @@ class Hospital:
         """The site's own demands. Read anew each time: an edit counts from the next job on.
 
         Raises:
-            DeploymentError: it has an unknown line, or lacks one: a file that was cut short must not demand less.
+            DeploymentError: it has an unknown line, or lacks one: a file that was cut short must not demand less. Or
+                the site is not set up.
         """
         path = self.home / POLICY
+        if not path.exists():
+            _ = self.terms  # a site that has no kit is told so
         text = files.read(path)
         found, there = files.parse_toml(text, Policy, path), files.toml_keys(text)
         if lines := [line for line in _always() if line.split(" = ")[0] not in there]:

@@ -44,6 +44,8 @@ def test_a_pilot_from_its_founding_to_its_status(tmp_path: Path) -> None:
             "--organisation", site, "--contact", "it", "--json",
         )  # fmt: skip
         mark, request = json.loads(asked.stdout)["fingerprint"], tmp_path / site / f"{site}.request"
+        with pytest.raises(DeploymentError, match="has no kit yet: privfed site init"):
+            privfed("site", "status", tmp_path / site)
         with pytest.raises(DeploymentError, match="not from who you spoke to"):
             privfed("consortium", "approve", home, request, "--fingerprint", "0000")
         assert privfed("consortium", "approve", home, request, answers="n\n").exit_code != 0
