@@ -128,13 +128,16 @@ def test_a_share_that_holds_out_nobody_or_everybody_is_refused(override: str, to
 
 def test_a_whole_run_reports_both_kinds_of_sites(tmp_path: Path) -> None:
     overrides = ["rounds=2", "evaluation.unseen_sites=['hospital-2']", "evaluation.unseen_records=10"]
-    run = privfed.run(config_io.load_config(None, overrides), out=tmp_path / "run")
+    settings = config_io.load_config(None, overrides)
+    run = privfed.run(settings, out=tmp_path / "run")
     found = run.summary.utility.unseen
     assert run.summary.complete and run.summary.sites == 4 and "hospital-2" not in run.summary.privacy.epsilon.per_site
     assert found is not None and found.sites == 1 and found.personalized.mean is not None
     assert run.summary.utility.personalized.weighted_mean is not None
     text = io.StringIO()
-    Display(to_stderr=False, console=Console(file=text, width=200)).finish(run)
+    display = Display(to_stderr=False, console=Console(file=text, width=200))
+    display.start(prepare(settings))
+    display.finish(run)
     adapted, plain, alone = (one.mean for one in (found.personalized, found.global_, found.local_only))
     line = next(line for line in text.getvalue().splitlines() if line.startswith("1 site that took no part"))
     assert line.endswith(
