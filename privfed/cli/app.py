@@ -45,7 +45,8 @@ def _root(
 
 
 _AFTER = {
-    "run": "what was spent stands in the ledger: go on with privfed run --resume FOLDER",
+    "run": "before the first round nothing was spent; after it go on with privfed run --resume FOLDER (--out, or the "
+    "newest in runs/): what was spent stands in its ledger",
     "study": "give the command again to go on: what is done is kept",
     "audit": "no result was recorded unless it says so above: give the command again, its seed makes the same audit",
     "accountant": "no ledger was changed: give the command again",

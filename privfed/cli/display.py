@@ -103,6 +103,8 @@ class Display:
             f"{len(report.contributed)}/{len(report.invited)}",
             _bytes(report.bytes_up),
         )
+        if report.round and not self._rows:  # of a run that goes on
+            self._progress.reset(self._steps, completed=report.round)
         self._rows.append(row)
         self._progress.advance(self._steps)
         if self._live is not None:

@@ -22,6 +22,7 @@ from privfed.data.partition import Alike
 from privfed.data.sources import BreastCancer
 from privfed.engines.contract import Progress
 from privfed.errors import ConfigError
+from privfed.federation import RoundReport
 from privfed.grid import check_grid, finest, grid_of
 from privfed.simulation import durable
 from privfed.simulation.durable import DurableEngine
@@ -199,6 +200,18 @@ def test_a_terminal_shows_the_step_and_the_sites() -> None:
             display.step(Progress("round 1: submission", done, 10))
         Console(file=text, width=120).print(display.picture())
     assert "round 1: submission" in text.getvalue() and "8/10" in text.getvalue() and "0/2" in text.getvalue()
+
+
+def test_the_bar_of_a_run_that_goes_on_begins_where_it_stopped(tmp_path: Path) -> None:
+    rounds: list[RoundReport] = []
+    api.run(simulated(10), out=tmp_path / "run", report=False, observer=rounds.append)
+    display = Display(to_stderr=False, console=Console(file=io.StringIO(), force_terminal=True, width=120))
+    display.start(prepare(simulated(10)))
+    text = io.StringIO()
+    with display:
+        display.round(rounds[-1])  # the second of two, and the first that this command sees
+        Console(file=text, width=120).print(display.picture())
+    assert "2/2" in text.getvalue()
 
 
 def simulated(sites: int, rounds: int = 2) -> Config:
