@@ -126,7 +126,10 @@ class SiteBook:
         try:
             self._ledger.begin_run(entry)
         except ChargeConflict:
-            raise PolicyRefusal("the configuration of a run must not change between its rounds") from None
+            raise PolicyRefusal(
+                "the configuration of a run must not change between its rounds: start a new run, or, if privfed was "
+                "updated since it began, go on with the version that began it"
+            ) from None
 
     def has(self, attempt: Attempt) -> bool:
         """Whether this very attempt stands in the ledger: a process killed in it does it again, and pays once."""

@@ -124,7 +124,7 @@ def test_a_configuration_or_noise_that_changes_in_a_run_is_refused(house: House)
         (msgspec.structs.replace(PLAIN, seed=1), SIGMA),
     ):
         answer = refused(site, begin(house.plan(asked, round=1, noise_multiplier=noise)))
-        assert answer.final and "must not change" in answer.reason
+        assert answer.final and "must not change" in answer.reason and "the version that began it" in answer.reason
     free = changed(PLAIN, "privacy", noise_multiplier=None)
     assert isinstance(ask(site, begin(house.plan(free, run="s", noise_multiplier=3.0))), wire.Answer)
     assert "must not change" in refused(site, begin(house.plan(free, run="s", round=1, noise_multiplier=2.0))).reason
