@@ -23,6 +23,9 @@ class Silence:
     def new_context(self) -> Any:
         return nullcontext()
 
+    def get_cell(self) -> None:
+        """No connections: nothing of it is asked."""
+
     def register_aux_message_handler(self, topic: str, handler: Any) -> None:
         self.handler = handler
 
@@ -50,6 +53,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> Any:
     """(answers of the server) → a site in a job, and its engine."""
     monkeypatch.setattr(flare, "_job_file", lambda context: "")
     monkeypatch.setattr(flare, "_local", lambda context: Path())
+    monkeypatch.setattr(flare, "_hear_the_server_alone", lambda cell: None)  # whom it hears is tested over processes
     monkeypatch.setattr(flare, "BEAT_SECONDS", 0.01)
 
     def begin(answers: int) -> tuple[Site, Silence, Any]:
