@@ -73,7 +73,7 @@ def cohort_of(config: Config, n: int) -> Cohort:
     if settings.key_holder is not None and settings.kind != "homomorphic":
         raise ConfigError(
             f"aggregation.key_holder belongs to homomorphic aggregation, and aggregation.kind is '{settings.kind}': "
-            "leave it away, or set the kind to 'homomorphic'"
+            "leave it out, or set the kind to 'homomorphic'"
         )
     if not config.method.sends:
         return Cohort(n, 1, 1, 0)

@@ -371,7 +371,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
             raise ValueError(f"evaluation.metric = {self.metric!r}: task {name!r} has {', '.join(self.task.metrics)}")
         if self.privacy.standardise_epsilon is not None and not isinstance(self.model, MLP):
             raise ValueError(
-                "privacy.standardise_epsilon goes into the first layer of model.name = 'mlp'; leave it away with others"
+                "privacy.standardise_epsilon goes into the first layer of model.name = 'mlp'; leave it out with others"
             )
         if self.privacy.standardise_epsilon is not None and self.transfer != Everything():
             raise ValueError(

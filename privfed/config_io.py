@@ -131,7 +131,7 @@ def check_used(config: Config) -> None:
     )
     for key, unread, needed in idle:
         if unread:
-            raise ConfigError(f"{key} does nothing in this run: it belongs to {needed}. Leave it away, or set that too")
+            raise ConfigError(f"{key} does nothing in this run: it belongs to {needed}. Leave it out, or set that too")
 
 
 def to_toml(config: Config) -> str:

@@ -70,7 +70,7 @@ def check_grid(config: Config, sites: int) -> None:
     if settings.fraction_bits is not None and not uses_grid(config):
         raise ConfigError(
             "aggregation.fraction_bits does nothing in this run: noise in shares and noise for clients choose a scale "
-            "of their own. Leave it away, or set privacy.noise = 'local'"
+            "of their own. Leave it out, or set privacy.noise = 'local'"
         )
     if not config.method.sends or not uses_grid(config) or sites < 1:
         return
@@ -84,7 +84,7 @@ def check_grid(config: Config, sites: int) -> None:
         raise ConfigError(
             f"aggregation.fraction_bits = {asked}: the sum of {sites} sites' values up to ±{settings.limit:g} takes "
             f"{_bits(settings.limit, sites, asked)} bits, and {MAX_BITS} are there; set aggregation.fraction_bits to "
-            f"{most} or less, or leave it away, which takes as many as fit"
+            f"{most} or less, or leave it out, which takes as many as fit"
         )
 
 

@@ -47,7 +47,7 @@ def noise_levels(config: Config, cohort: Cohort, schema: Schema, accountant: Acc
         except NoGuarantee as refusal:
             raise ConfigError(str(refusal)) from None
         if privacy.standardise_epsilon is not None:
-            raise ConfigError("privacy.standardise_epsilon is part of a claim, and this run makes none: leave it away")
+            raise ConfigError("privacy.standardise_epsilon is part of a claim, and this run makes none: leave it out")
         return 0.0, SideNoise()
     if privacy.noise_multiplier is None and math.isinf(privacy.target_epsilon):
         raise ConfigError("privacy needs a finite target_epsilon (calibrates the noise) or noise_multiplier (fixes it)")

@@ -176,40 +176,10 @@ def summarize(
     ``insecure`` says that some spend on the ledgers had noise that others can recompute; ``spent`` is what each site's
     ledger holds at the end, whatever it has measured. ``exposed`` has ε against each adversary, site by site.
     """
-    latest: dict[str, wire.Measurement] = {}
-    for report in reports:
-        latest.update(report.measurements)
     private = config.privacy.unit is not PrivacyUnit.NONE
     largest = max(spent.values(), key=lambda epsilon: epsilon.value)
-    refusals = {site: reason for report in reports for site, reason in report.refused.items()} | dict(retired)
     summed = [report for report in reports if report.contributed]
-    sends, lower_is_better = config.method.sends, config.metric in LOWER_IS_BETTER
-
-    unseen: dict[str, wire.Measurement] = {}
-    for report in reports:
-        unseen.update(report.unseen)
-
-    def figure(name: str, measurements: Mapping[str, wire.Measurement] = latest) -> FigureSummary:
-        measured = measurements.values()
-        values: Spread | None = spread(
-            [getattr(one, name) for one in measured],
-            [one.records for one in measured],
-            lower_is_better=lower_is_better,
-        )
-        if values is None:
-            return FigureSummary(None, None, None)
-        return FigureSummary(values.mean, values.worst_decile, values.sd, values.weighted_mean)
-
-    released = next((report.released for report in reversed(reports) if report.released is not None), None)
-    global_figure = figure("global_score")
-    if config.evaluation.release == "private":
-        global_figure = FigureSummary(released.score if released else None, None, None)
-
-    def hurt(versus: str, measurements: Mapping[str, wire.Measurement] = latest) -> float | None:
-        ours = {site: measured.personalized for site, measured in measurements.items()}
-        theirs = {site: getattr(measured, versus) for site, measured in measurements.items()}
-        return fraction_hurt(ours, theirs, lower_is_better=lower_is_better)
-
+    sends = config.method.sends
     return Summary(
         run=run,
         rounds=len(reports),
@@ -222,7 +192,7 @@ def summarize(
         simulated=simulated,
         seconds=round(seconds, 3),
         method=str(type(config.method).__struct_config__.tag),
-        refusals=refusals,
+        refusals={site: reason for report in reports for site, reason in report.refused.items()} | dict(retired),
         privacy=PrivacySummary(
             unit=config.privacy.unit.value,
             noise=config.privacy.noise.value,
@@ -239,26 +209,7 @@ def summarize(
             adversaries=worst(exposed),
             colluders=_colluders(config, reports, len(spent)),
         ),
-        utility=UtilitySummary(
-            metric=config.metric,
-            global_=global_figure,
-            personalized=figure("personalized"),
-            local_only=figure("local_only"),
-            fraction_hurt=hurt("local_only"),
-            fraction_hurt_versus_global=hurt("global_score"),
-            status=STATUS[config.evaluation.release],
-            noise_deviation=released.deviation if released else None,
-            unseen=UnseenSummary(
-                sites=len(unseen),
-                global_=figure("global_score", unseen),
-                personalized=figure("personalized", unseen),
-                local_only=figure("local_only", unseen),
-                fraction_hurt=hurt("local_only", unseen),
-                fraction_hurt_versus_global=hurt("global_score", unseen),
-            )
-            if unseen
-            else None,
-        ),
+        utility=_utility(config, reports),
         aggregation=AggregationSummary(
             kind=config.aggregation.kind if sends else "none",
             bytes_up_per_site_per_round=sum(r.bytes_up for r in summed) / len(summed) if summed else 0.0,
@@ -266,6 +217,54 @@ def summarize(
             aborted_rounds=sum(report.aborted is not None for report in reports),
         ),
     )
+
+
+def _utility(config: Config, reports: Sequence[RoundReport]) -> UtilitySummary:
+    """The figures that each site, and each that was held out, gave last; through noise, the one that was read last."""
+    trained: dict[str, wire.Measurement] = {}
+    unseen: dict[str, wire.Measurement] = {}
+    for report in reports:
+        trained.update(report.measurements)
+        unseen.update(report.unseen)
+    figures, held = _spreads(config, trained), _spreads(config, unseen)
+    released = next((report.released for report in reversed(reports) if report.released is not None), None)
+    if config.evaluation.release == "private":
+        figures["global_"] = FigureSummary(released.score if released else None, None, None)
+    return UtilitySummary(
+        metric=config.metric,
+        **figures,
+        status=STATUS[config.evaluation.release],
+        noise_deviation=released.deviation if released else None,
+        unseen=UnseenSummary(sites=len(unseen), **held) if unseen else None,
+    )
+
+
+def _spreads(config: Config, measurements: Mapping[str, wire.Measurement]) -> dict[str, Any]:
+    """What `UtilitySummary` and `UnseenSummary` have alike, by field."""
+    lower_is_better, measured = config.metric in LOWER_IS_BETTER, measurements.values()
+
+    def figure(name: str) -> FigureSummary:
+        values: Spread | None = spread(
+            [getattr(one, name) for one in measured],
+            [one.records for one in measured],
+            lower_is_better=lower_is_better,
+        )
+        if values is None:
+            return FigureSummary(None, None, None)
+        return FigureSummary(values.mean, values.worst_decile, values.sd, values.weighted_mean)
+
+    def hurt(versus: str) -> float | None:
+        ours = {site: one.personalized for site, one in measurements.items()}
+        theirs = {site: getattr(one, versus) for site, one in measurements.items()}
+        return fraction_hurt(ours, theirs, lower_is_better=lower_is_better)
+
+    return {
+        "global_": figure("global_score"),
+        "personalized": figure("personalized"),
+        "local_only": figure("local_only"),
+        "fraction_hurt": hurt("local_only"),
+        "fraction_hurt_versus_global": hurt("global_score"),
+    }
 
 
 STATUS = {

@@ -162,7 +162,7 @@ def split(
         raise ConfigError(f"--kind {kind} needs {' and '.join(missing)}")
     given = {"--sites": sites, "--alpha": alpha, "--by": by}
     if idle := [name for name, value in given.items() if value is not None and name not in kinds[kind]]:
-        raise ConfigError(f"--kind {kind} does not read {' and '.join(idle)}: leave it away, or name another kind")
+        raise ConfigError(f"--kind {kind} does not read {' and '.join(idle)}: leave it out, or name another kind")
     if plot is not None and plot.suffix not in PICTURES:  # before anything is written
         raise ConfigError(f"can not draw {plot.name}: end its name in .svg, .png or .pdf")
     settings = {"kind": kind, "sites": sites, "alpha": alpha, "column": by, "strength": strength}

@@ -29,19 +29,16 @@ def settings(unit: PrivacyUnit, metric: str = "accuracy") -> Config:
     return changed(changed(config(), "privacy", unit=unit), "evaluation", release="private", metric=metric)
 
 
-def test_records(n: int = 30) -> SiteData:
+def measured_records(n: int = 30) -> SiteData:
     data = records(1, n)
     return replace(data, patients=(np.arange(n) // 3).astype(np.uint64))
-
-
-test_records.__test__ = False  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "auroc"])
 @pytest.mark.parametrize("unit", [RECORD, PATIENT])
 @pytest.mark.parametrize("model", MODELS)
 def test_one_unit_moves_the_counts_by_no_more_than_is_booked(unit: PrivacyUnit, metric: str, model: str) -> None:
-    asked, data = settings(unit, metric), test_records()
+    asked, data = settings(unit, metric), measured_records()
     release, outputs = counts_of(asked), MODELS[model](len(data))
     assert release is not None and data.patients is not None
     whole = counted(asked, data, outputs)
@@ -60,7 +57,7 @@ def test_one_unit_moves_the_counts_by_no_more_than_is_booked(unit: PrivacyUnit, 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_whole_site_stands_as_its_accuracy_in_steps(model: str) -> None:
-    asked, data = settings(CLIENT), test_records()
+    asked, data = settings(CLIENT), measured_records()
     outputs = MODELS[model](len(data))
     right = float((outputs.argmax(1) == data.targets).double().mean())
     assert counted(asked, data, outputs).tolist() == [CLIENT_STEPS, round(CLIENT_STEPS * right)]
@@ -69,7 +66,7 @@ def test_a_whole_site_stands_as_its_accuracy_in_steps(model: str) -> None:
 
 @pytest.mark.parametrize(("unit", "metric"), [(RECORD, "accuracy"), (PATIENT, "accuracy"), (PATIENT, "auroc")])
 def test_a_site_without_test_records_counts_none(unit: PrivacyUnit, metric: str) -> None:
-    nobody = test_records().rows(np.zeros(30, dtype=bool))
+    nobody = measured_records().rows(np.zeros(30, dtype=bool))
     assert not counted(settings(unit, metric), nobody, torch.zeros(0, 2)).any()
 
 

@@ -11,11 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from privfed import __version__, config_io
+from privfed.config import Config
 from privfed.deployment import runs
 from privfed.deployment.hospital import KIT, LEDGER
 from tests.privfed.deployment import house
@@ -150,9 +153,9 @@ def shifted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[st
     return environment
 
 
-def test_a_clock_a_day_ahead_is_named_before_the_run_and_changes_no_sum(
-    tmp_path: Path, shifted: Callable[[int], dict[str, str]]
-) -> None:
+@contextmanager
+def south_ahead(tmp_path: Path, environment: dict[str, str]) -> Iterator[tuple[Any, Config, Path]]:
+    """Three sites being started, one of them with another clock; their experiment, and its file."""
     from tests.privfed.deployment.loopback import SERVER, Loopback
 
     config = house.experiment(house.tables(tmp_path / "tables"), rounds=2, privacy=INSECURE)
@@ -160,7 +163,14 @@ def test_a_clock_a_day_ahead_is_named_before_the_run_and_changes_no_sum(
     path.write_text(config_io.to_toml(config))
     with Loopback(tmp_path, config) as loopback:
         loopback.start(SERVER, "north", "west")
-        loopback.start("south", environment=shifted(86_400))
+        loopback.start("south", environment=environment)
+        yield loopback, config, path
+
+
+def test_a_clock_a_day_ahead_is_named_before_the_run_and_changes_no_sum(
+    tmp_path: Path, shifted: Callable[[int], dict[str, str]]
+) -> None:
+    with south_ahead(tmp_path, shifted(86_400)) as (loopback, config, path):
         loopback.connected()
         found = loopback.preflight(path)
         assert [what for what, one in found.items() if not one["ok"]] == ["clocks"]
@@ -174,14 +184,7 @@ def test_a_clock_a_day_ahead_is_named_before_the_run_and_changes_no_sum(
 def test_a_site_whose_certificate_does_not_count_yet_by_its_clock_is_not_let_in(
     tmp_path: Path, shifted: Callable[[int], dict[str, str]]
 ) -> None:
-    from tests.privfed.deployment.loopback import SERVER, Loopback
-
-    config = house.experiment(house.tables(tmp_path / "tables"), rounds=2, privacy=INSECURE)
-    path = tmp_path / "experiment.toml"
-    path.write_text(config_io.to_toml(config))
-    with Loopback(tmp_path, config) as loopback:
-        loopback.start(SERVER, "north", "west")
-        loopback.start("south", environment=shifted(-86_400))
+    with south_ahead(tmp_path, shifted(-86_400)) as (loopback, config, path):
         loopback.connected("north", "west")
         found = loopback.preflight(path)
         wrong = {what: one["found"] for what, one in found.items() if not one["ok"]}
