@@ -23,7 +23,7 @@ class LowRank(Everything, frozen=True, kw_only=True, tag="low-rank"):
         noise in all: its norm grows as the root of their number.
     """
 
-    rank: Annotated[int, Meta(ge=1, le=1024, description="r, width of the update")] = 4
+    rank: Annotated[int, Meta(ge=1, le=1024, description="r, width of the update; at most a layer's own rank")] = 4
 
     def trained(self, whole: nn.Module) -> nn.Module:
         layers = {parameter: module for module in whole.modules() for parameter in module.parameters(recurse=False)}
@@ -57,10 +57,13 @@ class LowRank(Everything, frozen=True, kw_only=True, tag="low-rank"):
 
 
 class Adapted(nn.Module):
-    """A frozen layer and its update: ``frozen(x) + up(down(x))``."""
+    """A frozen layer and its update: ``frozen(x) + up(down(x))``. Wider than the layer's own rank adds nothing."""
 
     def __init__(self, layer: nn.Module, rank: int) -> None:
         super().__init__()
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        rank = min(rank, *weight.flatten(1).shape)
         if isinstance(layer, nn.Linear):
             self.down: nn.Module = nn.Linear(layer.in_features, rank, bias=False)
             self.up: nn.Module = nn.Linear(rank, layer.out_features, bias=False)

@@ -120,6 +120,8 @@ def test_sizes_by_hand(tmp_path: Path) -> None:
     path = table(tmp_path, "t.csv", n=60, seed=0)
     sizes = {way: parameter_count(settings(path, transfer=WAYS[way]), SCHEMA) for way in WAYS}
     assert sizes == {"all": 77, "head": 12, "two layers": 47, "low rank": 20 + 22 + 12}
+    wide = settings(path, transfer={"train": "low-rank", "rank": 64})  # no wider than a layer's own rank: 4 and 5
+    assert parameter_count(wide, SCHEMA) == 4 * (4 + 6) + 5 * (6 + 5) + 12
 
 
 @pytest.mark.parametrize("way", ["head", "two layers", "low rank"])
