@@ -52,14 +52,15 @@ MOST_SITES = 16
 def audit_noise(target: Target, *, seed: int, progress: Callable[[int, int], None]) -> Audit:
     """Whether clip and noise are what is booked, and every site's noise is its own.
 
-    On a simulated run the sites' own keys are tested, under a label that no release has: of a configuration, new ones.
+    On a simulated run the sites' own keys are tested, under a label that no release has: of a configuration, some that
+    derive from ``seed``.
 
     Raises:
         ConfigError: there is no claim.
     """
     target.require_claim(2)
     config = target.config
-    keys = _site_keys(target)
+    keys = _site_keys(target, seed)
     dim = min(SIZE, parameter_count(config, target.ready.schema))
     encoding = encoding_of(config, target.cohort, dim, target.noise_multiplier, b"audit")
     streams = _streams(target, encoding, keys)
@@ -102,7 +103,7 @@ def _followed(
     return checked
 
 
-def _site_keys(target: Target) -> dict[str, bytes]:
+def _site_keys(target: Target, seed: int) -> dict[str, bytes]:
     """A key for this audit of each site's noise key."""
     names = list(target.ready.data.sites)[:MOST_SITES]
     known = target.config.privacy.insecure_seed
@@ -112,7 +113,7 @@ def _site_keys(target: Target) -> dict[str, bytes]:
         key = keyring.ledger_key(target.home.ledger())
         roots = {name: keyring.site_key(key, name, "noise") for name in names}
     else:
-        roots = {name: noise.new_key() for name in names}
+        roots = {name: noise.insecure_key(seed, b"audit", name.encode()) for name in names}
     return {name: noise.derive_key(root, b"audit") for name, root in roots.items()}
 
 
@@ -205,7 +206,7 @@ def _clipped_sum(target: Target, records: Split, dim: int) -> _Floats:
 def _booked(target: Target) -> None:
     """One contribution of a made-up site, by the run's own code: what it executes is what it declares."""
     config = target.config
-    given, whole = _contribution(target, config, seed=0, key=noise.new_key())
+    given, whole = _contribution(target, config, seed=0, key=bytes(32))
     declared = planned_charges(config, whole, target.noise_multiplier)
     executed = [(repr(charge.event), charge.count) for charge in given.charges]
     if sorted(executed) != sorted((repr(charge.event), charge.count) for charge in declared):
@@ -222,8 +223,10 @@ def _made_of_answers(target: Target) -> None:
         config = msgspec.structs.replace(
             config, privacy=msgspec.structs.replace(config.privacy, unit=PrivacyUnit.RECORD, max_records=None)
         )
-    key, size = noise.new_key(), parameter_count(config, target.ready.schema)
-    one, other = (_contribution(target, config, seed=seed, key=key, oracle=_SameAnswers(size))[0] for seed in (0, 1))
+    size = parameter_count(config, target.ready.schema)
+    one, other = (
+        _contribution(target, config, seed=seed, key=bytes(32), oracle=_SameAnswers(size))[0] for seed in (0, 1)
+    )
     same = np.array_equal(one.vector, other.vector) and one.shared.keys() == other.shared.keys()
     if not same or any(not torch.equal(one.shared[name], other.shared[name]) for name in one.shared):
         raise SelfTestFailed("what leaves a site depends on its records in another way than by the noised answers")

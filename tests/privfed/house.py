@@ -26,6 +26,7 @@ from privfed.privacy.selftest import SelfTest
 from privfed.simulation.faults import FaultyEngine
 from privfed.site import Site
 from privfed.terms import Schema, build_model, checked_encoding
+from tests.crypto.consortium import stream
 
 SCHEMA = Schema(features=3, classes=2)
 SIZE = 3 * 2 + 2  # logistic regression of three inputs on two classes
@@ -92,7 +93,8 @@ class House:
 
     def __post_init__(self) -> None:
         self.names = [chr(ord("a") + number) for number in range(self.n)]
-        self.identities = {name: Identity.generate(name) for name in self.names}
+        # Noise derives from what a round is bound to, identities too: with all of them fixed it is the same every time
+        self.identities = {name: Identity.generate(name, stream(name)) for name in self.names}
         members = tuple(identity.member for identity in self.identities.values())
         self.roster = Roster(version=1, previous=FIRST_PREVIOUS, members=members)
         self.kept = {name: self.journals(name) for name in self.names}
@@ -135,6 +137,7 @@ class House:
             schema=self.schema,
             state=config.method.init_server(to_vector(build_model(config, self.schema))),
             clock=lambda: 0.0,
+            server_key=key("server", "noise"),
         )
 
     def plan(self, config: Config, **changes: Any) -> wire.RoundPlan:

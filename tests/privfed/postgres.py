@@ -83,7 +83,7 @@ def serving(password: str) -> Iterator[Server]:
 def _wait_for(server: Server, process: "subprocess.Popen[bytes]") -> None:
     import psycopg
 
-    for _ in range(300):
+    for _ in range(3000):
         assert process.poll() is None, "postgres has ended"
         try:
             server.connection().close()

@@ -787,7 +787,7 @@ def test_browser_shows_the_page(pages: dict[str, str], tmp_path: Path, case: str
                 f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--window-size={width},6000",
                 f"--screenshot={picture}", (tmp_path / "page.html").as_uri(),
             ],
-            capture_output=True, text=True, check=True, timeout=120,
+            capture_output=True, text=True, check=True, timeout=600,
         )  # fmt: skip
         assert [text for text in done.stderr.splitlines() if "CONSOLE" in text] == []
         with Image.open(picture) as image:

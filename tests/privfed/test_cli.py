@@ -186,7 +186,7 @@ def test_a_killed_run_has_spent_what_it_spent(tmp_path: Path) -> None:
     )  # fmt: skip
     try:
         metrics = tmp_path / "killed" / "metrics.jsonl"
-        for _ in range(3000):  # polled; how long it takes is not the question
+        for _ in range(30_000):  # polled; how long it takes is not the question
             if metrics.exists() and metrics.read_bytes().count(b"\n") >= 2:
                 break
             assert killed.poll() is None, "the run ended by itself"

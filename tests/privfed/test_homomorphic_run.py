@@ -23,6 +23,7 @@ from privfed.methods import FedAvg
 from privfed.parameters import to_vector
 from privfed.simulation.faults import FaultyEngine
 from privfed.terms import KEY_HOLDER, build_model
+from tests.crypto.consortium import stream
 
 from .house import SCHEMA, House, Tap, changed, config, fit, records, state_of
 
@@ -34,7 +35,7 @@ class KeyHouse(House):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.identities[KEY_HOLDER] = Identity.generate(KEY_HOLDER)
+        self.identities[KEY_HOLDER] = Identity.generate(KEY_HOLDER, stream(KEY_HOLDER))
         members = tuple(identity.member for identity in self.identities.values())
         self.roster = Roster(version=1, previous=FIRST_PREVIOUS, members=members)
         self.sites = {name: self.start(name, journal=MemoryJournal()) for name in self.names}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import privfed
-from privfed import audit_report, auditing, exports, verification
+from privfed import audit_report, auditing, exports, keyring, verification
 from privfed.cli import app, output
 from privfed.errors import RunFolderError
 from privfed.privacy.ledger import Ledger
@@ -23,7 +23,10 @@ QUICK = ("rounds=1", "evaluation.local_steps=1", "privacy.noise_multiplier=4")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return privfed.run(privfed.load_config(overrides=QUICK), out=tmp_path_factory.mktemp("interrupted") / "run").folder
+    with pytest.MonkeyPatch.context() as patch:  # an audit below tests the noise of this key
+        patch.setattr(keyring, "new_key", lambda: bytes(range(32)))
+        out = tmp_path_factory.mktemp("interrupted") / "run"
+        return privfed.run(privfed.load_config(overrides=QUICK), out=out).folder
 
 
 def interrupted(*_: Any, **__: Any) -> Any:

@@ -719,7 +719,7 @@ def shoot(tmp_path: Path) -> Iterator[Any]:
                 f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--window-size={width},3000",
                 f"--screenshot={picture}", (tmp_path / "page.html").as_uri(),
             ],
-            capture_output=True, text=True, check=True, timeout=120,
+            capture_output=True, text=True, check=True, timeout=600,
         )  # fmt: skip
         console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
         assert console == []

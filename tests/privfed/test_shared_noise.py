@@ -950,7 +950,7 @@ def test_a_whole_run_about_patients_stays_in_its_target(table: Path, memory: Pat
 
 def test_a_model_of_standardised_inputs_takes_them_as_they_are(table: Path, memory: Path) -> None:
     """What is saved predicts from a user's inputs what the run's model predicts from standardised ones."""
-    settings = whole(table, "privacy.target_epsilon=30", "privacy.standardise_epsilon=10", "model.hidden=[4]")
+    settings = whole(table, "privacy.target_epsilon=60", "privacy.standardise_epsilon=25", "model.hidden=[4]")
     finished = privfed.run(settings, out=memory / "run")
     checkpoint = RunFolder.open(memory / "run").load_checkpoint()
     assert checkpoint is not None and MEAN in checkpoint.server

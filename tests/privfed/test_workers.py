@@ -53,7 +53,7 @@ def pid(_):
 if __name__ == "__main__":
     with workers(2) as pool:
         print(*{*pool.map(pid, range(4))}, flush=True)
-        time.sleep(60)
+        time.sleep(600)
 """
 
 
@@ -66,7 +66,7 @@ def test_workers_end_with_a_process_that_is_killed(tmp_path: Path) -> None:
         assert ids and parent.pid not in ids
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while any(alive(pid) for pid in ids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in ids if alive(pid)]

@@ -52,7 +52,7 @@ class Loopback:
 
     def connected(self, *sites: str) -> None:
         """Return once they are there; default all."""
-        until(lambda: set(self.clients()) >= set(sites or self.sites), 120)
+        until(lambda: set(self.clients()) >= set(sites or self.sites))
 
     def preflight(self, path: Path) -> dict[str, dict[str, Any]]:
         """What ``privfed coordinator preflight`` finds, by what was looked at; its exit code agrees."""

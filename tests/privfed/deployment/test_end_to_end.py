@@ -35,7 +35,7 @@ def test_a_masked_run_over_three_processes_and_mtls_equals_the_run_in_one(tmp_pa
         watching = loopback.command("coordinator", "watch", loopback.consortium.home, "--json")
         out, errors = submitted.communicate(timeout=300)
         assert submitted.returncode == 0, errors.decode()
-        seen = [json.loads(line) for line in watching.communicate(timeout=60)[0].splitlines()]
+        seen = [json.loads(line) for line in watching.communicate(timeout=300)[0].splitlines()]
         assert watching.returncode == 0 and seen[-1]["state"] == "over" and seen[-1]["done"] == config.rounds
         assert {view["run"] for view in seen} == {run.path.name} and seen[-1]["epsilon"] > 0
         assert any(view["state"] == "at work" for view in seen)

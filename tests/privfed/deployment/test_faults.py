@@ -152,9 +152,9 @@ def test_a_killed_site_comes_back_with_the_next_block(federation: Federation) ->
 def test_a_stop_ends_after_a_round_and_resume_goes_on(federation: Federation) -> None:
     federation.after(1)
     stop = federation.loopback.command("coordinator", "stop", federation.loopback.consortium.home)
-    assert stop.wait(timeout=60) == 0
+    assert stop.wait(timeout=300) == 0
     stop.communicate()
-    _, errors = federation.command.communicate(timeout=120)
+    _, errors = federation.command.communicate(timeout=300)
     assert federation.command.returncode == 3, errors.decode()
     assert federation.loopback.rounds() < ROUNDS
     federation.resume()

@@ -307,5 +307,5 @@ def test_a_run_under_way_is_not_disturbed(consortium: Consortium, config: Config
         done: list[dict[str, str]] = []
         thread = threading.Thread(target=lambda: done.append(wrong(look(consortium, config))))
         thread.start()
-        thread.join(60)
+        thread.join(600)
     assert done == [{}]

@@ -25,9 +25,11 @@ from tests.privfed.deployment import house
 from tests.privfed.deployment.house import SITES
 from tests.privfed.deployment.network import Wire
 from tests.privfed.deployment.test_blocks import INSECURE, same_as_in_process, spends
-from tests.privfed.deployment.test_faults import ROUNDS, Federation
 
 pytest.importorskip("nvflare", reason="the extra [nvflare] is not installed")
+
+from tests.privfed.deployment.test_faults import ROUNDS, Federation
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.skipif(not os.environ.get("PRIVFED_PILOT"), reason="minutes over real processes: make test-pilot"),

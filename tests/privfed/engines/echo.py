@@ -7,7 +7,7 @@ import time
 
 
 class Echo:
-    """Answers b"echo …", b"sleep SECONDS …", b"size N", b"seen", b"die"."""
+    """Answers b"echo …", b"until FILE …" when there is such a file, b"size N", b"seen", b"die"."""
 
     def __init__(self, name: str) -> None:
         self._name, self._seen = name, [0]
@@ -24,9 +24,10 @@ class Echo:
                 return self._name.encode()
             case b"digest":
                 return hashlib.sha256(rest).digest()
-            case b"sleep":
-                seconds, _, word = rest.partition(b" ")
-                time.sleep(float(seconds))
+            case b"until":
+                file, _, word = rest.partition(b" ")
+                while not os.path.exists(file):
+                    time.sleep(0.05)
                 return word
             case b"size":
                 return random.Random(int(rest)).randbytes(int(rest))

@@ -31,7 +31,7 @@ class RemoteControlled(ExchangeController):
     def _ordered(self, site: str, topic: str, body: str) -> str:
         """What a site's own process, not its job, says to an order of its administration's kind."""
         order = new_cell_message({}, Message(topic=topic, body=body))
-        reply = self._engine.get_cell().send_request(CellChannel.CLIENT_MAIN, topic, site, order, timeout=10.0)
+        reply = self._engine.get_cell().send_request(CellChannel.CLIENT_MAIN, topic, site, order, timeout=120.0)
         return str(reply.payload.body)
 
 

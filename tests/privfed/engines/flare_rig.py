@@ -131,7 +131,7 @@ class Rig:
         )
         self.job = self.session.submit_job(str(folder))
         self._connection: Connection = until(self._connect)
-        here = self._call("wait_for", set(self.sites), 60.0)
+        here = self._call("wait_for", set(self.sites), 240.0)
         assert here == set(self.sites), here
         return self
 
@@ -165,7 +165,7 @@ class Rig:
         return str(self._call("order", site, topic, body))
 
     def wait_for(self, sites: set[str]) -> None:
-        assert self._call("wait_for", sites, 60.0) == sites
+        assert self._call("wait_for", sites, 240.0) == sites
 
     def _call(self, method: str, *arguments: object) -> Any:
         self._connection.send((method, arguments))
