@@ -3,7 +3,6 @@
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -12,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.privfed.ports import free_port
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,7 @@ def serving(password: str) -> Iterator[Server]:
     assert place is not None
     nobody = pwd.getpwnam("nobody") if os.getuid() == 0 else None
     user: dict[str, Any] = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []} if nobody else {}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory(prefix="privfed-pg-") as folder:  # not below pytest's, which nobody may enter
         home, secret = Path(folder), Path(folder) / "password"
         secret.write_text(password)

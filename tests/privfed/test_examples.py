@@ -104,7 +104,9 @@ def test_the_phone_users_have_their_ratings(tmp_path: Path) -> None:
 def test_the_honest_table_has_its_four_figures(tmp_path: Path) -> None:
     """On the embedded records, small: with privacy and without, global, personalised and local only."""
     config = tmp_path / "small.toml"
-    config.write_text("rounds = 2\n[evaluation]\nlocal_steps = 2\n[method]\npersonal_steps = 1\n")
+    config.write_text(
+        "rounds = 2\n[evaluation]\nlocal_steps = 2\n[method]\npersonal_steps = 1\n[privacy]\ninsecure_seed = 1\n"
+    )
     said = subprocess.run(
         [sys.executable, str(EXAMPLES / "honest_table.py"), str(config)], check=True, capture_output=True, text=True
     ).stdout

@@ -17,7 +17,8 @@ from privfed.deployment.hospital import KIT
 from privfed.folder import RunFolder
 from tests.privfed.deployment import house
 from tests.privfed.deployment.house import SITES
-from tests.privfed.engines.flare_rig import ROOT, Party, free_port, job_processes, quick_certificates, until
+from tests.privfed.engines.flare_rig import ROOT, Party, job_processes, quick_certificates, until
+from tests.privfed.ports import free_port
 
 
 class Loopback:

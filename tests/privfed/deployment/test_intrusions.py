@@ -100,7 +100,8 @@ def test_the_server_listens_on_the_given_address_alone(tmp_path: Path, config: C
     """Under a name that is not loopback's FLARE's own choice is every address of the machine."""
     from privfed.deployment import processes
     from privfed.deployment.consortium import ORGANISATION, Consortium
-    from tests.privfed.engines.flare_rig import Party, free_port, quick_certificates, until
+    from tests.privfed.engines.flare_rig import Party, quick_certificates, until
+    from tests.privfed.ports import free_port
 
     port, home = free_port(), tmp_path / "coordinator"
     with quick_certificates():

@@ -2,7 +2,6 @@
 
 import io
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,15 +13,9 @@ from typing import Any, Self
 from unittest import mock
 
 from privfed.deployment import jobs, kits, processes
+from tests.privfed.ports import free_port
 
 ROOT = Path(__file__).parents[3]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def until(ready: Callable[[], Any], seconds: float = 240.0) -> Any:
