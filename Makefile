@@ -3,7 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: test-pilot run test test-full lint fuzz clean
+FLOWER := .venv-flower/bin
+
+.PHONY: test-pilot test-flower run test test-full lint fuzz clean
 run: .venv/.ready
 	$(BIN)/privfed run
 
@@ -36,10 +38,21 @@ lint: .venv/.ready-dev
 test-pilot: .venv/.ready-dev
 	PRIVFED_PILOT=1 $(BIN)/pytest $(addprefix tests/privfed/deployment/test_,faults.py troubles.py intrusions.py)
 
+# The engines' suite and masked rounds over a Flower federation: TLS, signed node keys, real processes. A quarter of an hour.
+test-flower: .venv-flower/.ready
+	PRIVFED_FLOWER=1 $(FLOWER)/pytest -k "not nvflare and not local" tests/privfed/engines tests/privfed/deployment/test_flower.py
+
+# Flower wants older parts than constraints.txt has: an environment of its own.
+.venv-flower/.ready: pyproject.toml constraints-flower.txt
+	$(PYTHON) -m venv .venv-flower
+	$(FLOWER)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints-flower.txt)
+	$(FLOWER)/pip install --quiet --disable-pip-version-check -c constraints-flower.txt -e '.[flower]' pytest pytest-xdist
+	touch $@
+
 # Ten minutes of coverage-guided fuzzing of every decoder and machine of crypto/.
 fuzz: .venv/.ready-dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
 	$(BIN)/python tests/fuzz/fuzz_crypto.py --seconds 600
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-flower build *.egg-info

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privfed.crypto.aggregation import AggregationClient, Session, VectorSource, among
+from privfed.crypto.aggregation import AggregationClient, among
 from privfed.crypto.errors import AggregationError
 from privfed.crypto.homomorphic.client import HomomorphicClient
 from privfed.crypto.journal import Journal
@@ -46,6 +46,7 @@ from .data.records import SiteData
 from .doors import Network, Split, check_units, few, local_door, split
 from .errors import PrivfedError
 from .grid import Grid
+from .interrupted import Interrupted
 from .methods import Local, State
 from .policy import OutsideHours, PolicyRefusal, check_hours, check_policy, check_size
 from .site_book import Attempt, SiteBook
@@ -217,6 +218,42 @@ class Site:
         """The run is over: erase what could replay its last round."""
         self._journal.forget()
 
+    def suspend(self) -> Interrupted | None:
+        """What this site knows of the round under way, for a process that ends between two messages.
+
+        None between rounds, and of a round that was measured: it is over. States, books and spends are elsewhere.
+        """
+        if self._begun is None or self._begun == self._measured:
+            return None
+        client = self._current.client if self._current is not None else None
+        return Interrupted(
+            machine=client.suspend() if isinstance(client, MaskedClient) else b"",
+            in_shares=self._current is not None and self._current.in_shares,
+            contributed=self._after is not None and self._after[0] == self._begun[1],
+        )
+
+    def resume(self, begin: wire.Begin, left: Interrupted) -> None:
+        """Go on in the round that ``begin`` began where `suspend` left it; the states are restored before.
+
+        The plan is checked again: a policy that was made stricter since counts.
+
+        Raises:
+            PrivfedError, AggregationError: it can not be gone on with; nothing was done.
+        """
+        plan = wire.decode_plan(begin.plan)
+        self._begun = (plan.run, plan.round)
+        plan, state = self._accept(begin.plan, begin.state)
+        if left.contributed:
+            self._after = (plan.round, self._shared or {})
+        if left.machine:
+            current = self._attempt(begin, plan, state)
+            current.in_shares = left.in_shares
+            client = self._client(current, state)
+            if not isinstance(client, MaskedClient):
+                raise wire.WireError("only a masked round is gone on with in another process")
+            client.resume(left.machine)
+            current.client, self._current = client, current
+
     def handle(self, request: bytes) -> bytes:
         """The answer to one request. Never raises for what a peer sent: a refusal is an answer with its reason."""
         try:
@@ -264,17 +301,19 @@ class Site:
         if reason is not None:
             raise NoGuarantee(reason)
         check_units(config, self._data)
-        context = wire.context(message.plan, message.state)
-        current = _Round(plan, message.purpose, context, self._encoding(plan, state, message.purpose))
+        current = self._attempt(message, plan, state)
         if config.privacy.unit is not PrivacyUnit.NONE and not self.book.has(current):
             self.book.require_affordable(current, self._planned(current))
             if message.purpose == "update" and config.privacy.schedule != "constant":
                 size = update_size(config, plan.features, parameter_count(config, self._schema))
                 self.book.require_pace(current, size)
-        session = session_of(plan, context, current.encoding, message.purpose)
-        current.client = self._client(plan, session, lambda: self._contribute(current, state))
+        current.client = self._client(current, state)
         self._current, self._begun = current, (plan.run, plan.round)
         return current.client.receive(message.opening)
+
+    def _attempt(self, message: wire.Begin, plan: wire.RoundPlan, state: State) -> "_Round":
+        context = wire.context(message.plan, message.state)
+        return _Round(plan, message.purpose, context, self._encoding(plan, state, message.purpose))
 
     def _encoding(self, plan: wire.RoundPlan, state: State, purpose: wire.Purpose) -> Summand:
         if purpose == "update":
@@ -289,9 +328,14 @@ class Site:
             return (side_charge(config, encoding, current.purpose),)
         return planned_charges(config, encoding, current.plan.noise_multiplier)
 
-    def _client(self, plan: wire.RoundPlan, session: Session, vector: VectorSource) -> AggregationClient:
+    def _client(self, current: "_Round", state: State) -> AggregationClient:
         """This site's machine in the plan's aggregation."""
-        config = plan.config
+        plan, config = current.plan, current.plan.config
+        session = session_of(plan, current.context, current.encoding, current.purpose)
+
+        def vector() -> IntVector:
+            return self._contribute(current, state)
+
         if config.aggregation.kind == "plain":
             return PlainClient(session=session, index=self._index, vector=vector, journal=self._journal)
         if config.aggregation.kind == "masked":

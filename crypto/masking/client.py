@@ -17,6 +17,7 @@ from ..prg import Entropy, add_masks, expand
 from ..roster import Identity, Roster
 from ..wire import decode, decode_indices, encode, encode_indices, records
 from . import messages as m
+from .suspended import Suspended
 
 
 class MaskedClient:
@@ -119,12 +120,68 @@ class MaskedClient:
         self._advertisement = self._dealers_bytes = self._survivors_bytes = self._consent_signature = b""
         self._keys: dict[str, keys.ExchangeKey] = {}
         self._graph = Graph((), None)
+        self._members: tuple[int, ...] = ()
         self._dealers: tuple[int, ...] = ()
         self._survivors: tuple[int, ...] = ()
         self._mask_keys: dict[int, bytes] = {}  # neighbour → its public keys
         self._box_public: dict[int, bytes] = {}
         self._box_keys: dict[int, dict[int, bytes]] = {}  # neighbour → dealer of the two → key of its box
         self._held: dict[int, tuple[bytes, bytes]] = {}  # dealer → its b-share and its mask-key share
+
+    def suspend(self) -> bytes:
+        """What a new machine of this session needs to go on from here, in another process.
+
+        It holds shares of other clients' secrets: seal it, and keep it no longer than the session. What follows from
+        the journal's seed is not in it. The last answer is not either: a machine that goes on repeats none.
+
+        Raises:
+            LocalProtocolError: it has failed: there is nothing to go on with.
+        """
+        if self.phase == m.FAILED:
+            raise LocalProtocolError("this machine has failed; make a new one for a new attempt")
+        return Suspended(
+            sid=self._sid,
+            phase=self.phase,
+            summed=self.summed,
+            advertisement=self._advertisement,
+            th=self._th,
+            input_secret=self._input_secret,
+            members=self._members,
+            mask_keys=self._mask_keys,
+            box_public=self._box_public,
+            dealers=self._dealers_bytes,
+            survivors=self._survivors_bytes,
+            consent_signature=self._consent_signature,
+            held={dealer: b"".join(halves) for dealer, halves in self._held.items()},
+        ).to_bytes()
+
+    def resume(self, suspended: bytes) -> None:
+        """Have a machine that has done nothing yet go on where `suspend` left another one.
+
+        Raises:
+            LocalProtocolError: this one is no longer new, or the state is of another session or none.
+            ReplayRefused: the journal has moved on: the session is over, or a later one has begun.
+        """
+        if self.phase != m.ADVERTISE or self._seed:
+            raise LocalProtocolError("only a new machine can go on with what another one left")
+        state = Suspended.from_bytes(suspended)
+        if state.sid != self._sid:
+            raise LocalProtocolError("the suspended machine is of another session")
+        if state.phase in (m.SHARE, m.MASK, m.CONSISTENCY, m.UNMASK):
+            session = self._session
+            self._seed = self._journal.begin(self._sid, session.run, session.round, session.attempt)
+            self._keys = {purpose: keys.ExchangeKey(self._private(purpose)) for purpose in ("mask key", "box key")}
+            self._self_mask = b"" if state.phase == m.SHARE else self._entropy("self mask")(shamir.SECRET_BYTES)
+            self._advertisement, self._input_secret, self._th = state.advertisement, state.input_secret, state.th
+            if state.members:
+                self._members = state.members
+                self._graph = build(state.members, degree=session.degree, th=state.th)
+            self._mask_keys, self._box_public = dict(state.mask_keys), dict(state.box_public)
+            self._dealers_bytes, self._survivors_bytes = state.dealers, state.survivors
+            self._dealers, self._survivors = decode_indices(state.dealers), decode_indices(state.survivors)
+            self._consent_signature = state.consent_signature
+            self._held = {dealer: _halves(pair) for dealer, pair in state.held.items()}
+        self.phase, self.summed = state.phase, state.summed
 
     def _advertise(self, request: m.Start) -> m.Advertise:
         session, sid = self._session, self._sid
@@ -150,7 +207,7 @@ class MaskedClient:
             raise RemoteProtocolError("two of the advertised keys are the same")
         self._input_secret = self._keys["box key"].agree(request.server_key)
         self._th = m.transcript(self._sid, request.server_key, members, advertisements)
-        self._graph = build(members, degree=self._session.degree, th=self._th)
+        self._members, self._graph = members, build(members, degree=self._session.degree, th=self._th)
         holders = self._graph.neighbours(self._index)
         self._mask_keys = {holder: advertised[holder][0] for holder in holders}
         self._box_public = {holder: advertised[holder][1] for holder in holders}

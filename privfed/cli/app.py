@@ -4,10 +4,14 @@ import sys
 from typing import Annotated
 
 import typer
-from typer.exceptions import TyperException
 
 from . import accountant, audit, consortium, coordinator, data, predict, report, run, site, study
 from .exits import BAD_USAGE, FAILED, exit_code
+
+try:
+    from typer.exceptions import TyperException
+except ImportError:  # an older typer, which Flower wants, raises click's own
+    from click import ClickException as TyperException  # type: ignore[assignment]
 
 app = typer.Typer(
     name="privfed",

@@ -1,15 +1,19 @@
 """``privfed consortium``: who takes part, under whose signature."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .output import print_json
 
+if TYPE_CHECKING:
+    from privfed.deployment.papers import EngineName
+
 app = typer.Typer(help="Found a consortium of hospitals and let sites in.", no_args_is_help=True, rich_markup_mode=None)
 
 Home = Annotated[Path, typer.Argument(help="The coordinator's folder.")]
+Engine = Annotated[str, typer.Option("--engine", metavar="nvflare|flower", help="What carries the messages.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -23,6 +27,7 @@ def new(
         str, typer.Option("--host", help="The name or address that sites reach the server at.")
     ] = "localhost",
     port: Annotated[int, typer.Option("--port", help="The one port there is.")] = 8102,
+    engine: Engine = "nvflare",
     json: Json = False,
 ) -> None:
     """Make the coordinator's keys, certificate authority and terms in a new folder."""
@@ -30,7 +35,15 @@ def new(
     from privfed.deployment import papers
     from privfed.deployment.consortium import Consortium
 
-    made = Consortium.create(home, config_io.load_config(experiment), name=name, contact=contact, host=host, port=port)
+    made = Consortium.create(
+        home,
+        config_io.load_config(experiment),
+        name=name,
+        contact=contact,
+        host=host,
+        port=port,
+        engine=_engine(engine),
+    )
     mark = papers.fingerprint(bytes.fromhex(made.terms.authority))
     if json:
         print_json({"home": str(made.home), "authority": made.terms.authority, "fingerprint": mark})
@@ -40,6 +53,7 @@ def new(
         f"person:\n\n  {mark}\n\n{home / 'authority.key'} signs the list of sites: move it to a medium that is kept "
         "offline, and give its path to privfed consortium roster. Next, at each site:\n"
         f"  privfed consortium request FOLDER --consortium {name} --name SITE --organisation HOSPITAL --contact WHOM"
+        + (f" --engine {engine}" if engine != "nvflare" else "")
     )
 
 
@@ -50,13 +64,21 @@ def request(
     name: Annotated[str, typer.Option("--name", help="The site's name.")],
     organisation: Annotated[str, typer.Option("--organisation", help="The hospital's short name.")],
     contact: Annotated[str, typer.Option("--contact", help="Whom the coordinator calls.")],
+    engine: Engine = "nvflare",
     json: Json = False,
 ) -> None:
     """At a site: make its keys, which never leave, and a request to take part."""
     from privfed.deployment import papers
     from privfed.deployment.hospital import Hospital
 
-    body = Hospital.request(home, consortium=consortium, name=name, organisation=organisation, contact=contact)
+    body = Hospital.request(
+        home,
+        consortium=consortium,
+        name=name,
+        organisation=organisation,
+        contact=contact,
+        engine=_engine(engine),
+    )
     mark, path = papers.read_application(body)[0].fingerprint, home / f"{name}.request"
     if json:
         print_json({"request": str(path), "fingerprint": mark})
@@ -136,3 +158,22 @@ def kit(
     path = out or Path(f"{name}.kit")
     files.write(path, Consortium(home).kit(name))
     typer.echo(f"Send {path} to {name}.")
+
+
+@app.command()
+def node(
+    home: Home,
+    name: Annotated[str, typer.Argument(help="The site.")],
+    number: Annotated[int, typer.Argument(help="What flwr supernode register said of its key.")],
+) -> None:
+    """Over Flower: say which SuperNode is a site's."""
+    from privfed.deployment.consortium import Consortium
+
+    Consortium(home.absolute()).set_node(name, number)
+    typer.echo(f"{name} is node {number}.")
+
+
+def _engine(name: str) -> "EngineName":
+    if name not in ("nvflare", "flower"):
+        raise typer.BadParameter(f"there is no engine {name!r}: nvflare or flower")
+    return name  # type: ignore[return-value]  # checked

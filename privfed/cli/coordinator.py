@@ -30,11 +30,12 @@ def start(
     ] = None,
 ) -> None:
     """Run the server until the process is ended."""
-    from privfed.deployment import kits, processes
+    from privfed.deployment import kits, papers, processes
     from privfed.deployment.consortium import ORGANISATION, SERVER, Consortium
     from privfed.deployment.files import DeploymentError
 
     consortium = Consortium(home.absolute())
+    papers.require_engine(consortium.terms.engine, "nvflare")
     if address is None and consortium.terms.host != "localhost":
         raise DeploymentError(f"{consortium.terms.host} is not this machine alone: say where to listen with --address")
     kits.harden(consortium.home / SERVER, "server", consortium.home)
@@ -52,10 +53,12 @@ def preflight(
     """Check certificates, clocks, versions, tables and connections, and have all sites add up zeros. Spends nothing."""
     from privfed import config_io
     from privfed.deployment.consortium import Consortium
+    from privfed.deployment.papers import require_engine
     from privfed.deployment.preflight import check
 
     from .deployment import show
 
+    require_engine(Consortium(home.absolute()).terms.engine, "nvflare")
     config = config_io.load_config(experiment) if experiment else None
     findings = check(Consortium(home.absolute()), config, waiting=lambda what: typer.echo(f"{what} …", err=True))
     if json:
@@ -75,10 +78,11 @@ def submit(
 ) -> None:
     """Begin a run and do it to its end. Ended in between, it goes on with resume."""
     from privfed import config_io
-    from privfed.deployment import runs
+    from privfed.deployment import papers, runs
     from privfed.deployment.consortium import Consortium
 
     consortium = Consortium(home.absolute())
+    papers.require_engine(consortium.terms.engine, "nvflare")
     made = runs.begin(consortium, config_io.load_config(experiment))
     typer.echo(f"run {made.path.name}", err=True)
     _drive(home, made.path.name, block, json)
@@ -129,10 +133,11 @@ def stop(home: Home, run: Name = None) -> None:
 
 
 def _drive(home: Path, run: str | None, block: int, json: bool) -> None:
-    from privfed.deployment import runs, submission
+    from privfed.deployment import papers, runs, submission
     from privfed.deployment.consortium import Consortium
 
     consortium = Consortium(home.absolute())
+    papers.require_engine(consortium.terms.engine, "nvflare")
     found = runs.find(consortium, run)
     summary = submission.drive(consortium, found, block=block, observer=_tell)
     if json:

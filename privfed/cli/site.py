@@ -36,16 +36,18 @@ def init(
     hospital = Hospital.open(home)
     records = len(hospital.records())
     typer.echo(words.agreement(terms, hospital.policy, name=hospital.file.name, data=hospital.file.data))
-    typer.echo(f"\n{records} records can be read. Start it: privfed site start {home}")
+    how = f"privfed site start {home}" if terms.engine == "nvflare" else "as docs/flower.md says"
+    typer.echo(f"\n{records} records can be read. Start it: {how}")
 
 
 @app.command()
 def start(home: Home) -> None:
     """Run the site until the process is ended."""
-    from privfed.deployment import kits, processes
+    from privfed.deployment import kits, papers, processes
     from privfed.deployment.hospital import KIT, Hospital
 
     hospital = Hospital.open(home)
+    papers.require_engine(hospital.file.engine, "nvflare")
     _ = hospital.policy, hospital.roster, hospital.identity  # refused now, not when the first job comes
     kits.harden(hospital.home / KIT, "site", hospital.home)  # whatever was done to it since
     processes.become(

@@ -16,7 +16,7 @@ from privfed.seals import COORDINATOR
 
 from . import files, kits, papers
 from .files import DeploymentError
-from .papers import Applicant, Terms
+from .papers import Applicant, EngineName, Terms
 
 AUTHORITY, LEDGER, SERVER, ADMIN, MEMBERS, ROSTERS, RUNS = (
     "authority.key",
@@ -27,7 +27,7 @@ AUTHORITY, LEDGER, SERVER, ADMIN, MEMBERS, ROSTERS, RUNS = (
     "rosters",
     "runs",
 )
-SUSPENDED, LAST, JOB = "suspended.json", "last-block.txt", "job"
+SUSPENDED, LAST, JOB, NODES = "suspended.json", "last-block.txt", "job", "nodes.json"
 ORGANISATION = "coordinator"
 
 
@@ -44,7 +44,17 @@ class Consortium:
         self.terms = papers_terms(home)
 
     @classmethod
-    def create(cls, home: Path, config: Config, *, name: str, contact: str, host: str, port: int) -> "Consortium":
+    def create(
+        cls,
+        home: Path,
+        config: Config,
+        *,
+        name: str,
+        contact: str,
+        host: str,
+        port: int,
+        engine: EngineName = "nvflare",
+    ) -> "Consortium":
         """A new consortium around the table and the task of an experiment.
 
         Raises:
@@ -52,7 +62,8 @@ class Consortium:
                 consortium can have the name.
         """
         papers.require_name(name, "a consortium")
-        kits.require_flare()
+        if engine == "nvflare":
+            kits.require_flare()
         if not isinstance(config.data, Table):
             raise DeploymentError("a consortium needs data.source = 'csv': a table that the sites have, each its own")
         if home.exists() and any(home.iterdir()):
@@ -61,7 +72,7 @@ class Consortium:
         home = home.absolute()
         authority = secrets.token_bytes(keys.KEY_BYTES)
         files.write(home / AUTHORITY, authority.hex().encode(), private=True)
-        mark = kits.new_authority(home, name, host, port)
+        mark = kits.new_authority(home, name, host, port) if engine == "nvflare" else ""
         book = site_key(ledger_key(home / LEDGER), COORDINATOR, "ledger")
         Ledger(home / LEDGER).close()
         terms = Terms(
@@ -72,6 +83,7 @@ class Consortium:
             authority=keys.verification_key(authority).hex(),
             coordinator=keys.verification_key(book).hex(),
             ca=mark,
+            engine=engine,
             data=papers.agreed(config.data),
             task=config.task,
         )
@@ -80,6 +92,8 @@ class Consortium:
         files.parse_toml(text, Terms, home / papers.TERMS)
         files.write(home / papers.SIGNATURE, papers.sign_terms(text, authority))
         consortium = cls(home)
+        if engine == "flower":
+            return consortium
         server = {"type": "server", "name": host, "org": ORGANISATION, "fed_learn_port": port, "admin_port": port}
         person = {"type": "admin", "name": f"coordinator@{name}.org", "org": ORGANISATION, "role": "lead"}
         kits.own_kits(home, name, mark, {SERVER: server, ADMIN: person})
@@ -95,20 +109,48 @@ class Consortium:
         applicant, flare_request = papers.read_application(request)
         if applicant.name in (COORDINATOR, self.terms.host):
             raise DeploymentError(f"a site can not be named {applicant.name!r}: that is the coordinator's")
+        if bool(flare_request) != (self.terms.engine == "nvflare"):
+            raise DeploymentError(
+                f"the site asked to take part over another engine: let it ask again, with --engine {self.terms.engine}"
+            )
         path = self.home / MEMBERS / f"{applicant.name}.json"
         if path.exists() and msgspec.json.decode(files.read(path), type=Applicant) != applicant:
             raise DeploymentError(
                 f"there is a site {applicant.name!r} with other keys: suspend it, or take another name"
             )
-        with tempfile.TemporaryDirectory(dir=self.home) as work:
-            # FLARE compares a request's name with its file's
-            asked, signed = Path(work) / f"{applicant.name}.request.zip", Path(work) / papers.CERTIFICATE
-            asked.write_bytes(flare_request)
-            kits.approve(self.home, asked, signed)
-            kits.require_site(signed, applicant.name)
-            files.write(self.home / MEMBERS / f"{applicant.name}.signed.zip", signed.read_bytes())
+        if self.terms.engine == "nvflare":
+            self._certify(applicant.name, flare_request)
         files.write(path, msgspec.json.format(msgspec.json.encode(applicant), indent=1))
         return applicant
+
+    def _certify(self, name: str, flare_request: bytes) -> None:
+        with tempfile.TemporaryDirectory(dir=self.home) as work:
+            # FLARE compares a request's name with its file's
+            asked, signed = Path(work) / f"{name}.request.zip", Path(work) / papers.CERTIFICATE
+            asked.write_bytes(flare_request)
+            kits.approve(self.home, asked, signed)
+            kits.require_site(signed, name)
+            files.write(self.home / MEMBERS / f"{name}.signed.zip", signed.read_bytes())
+
+    @property
+    def nodes(self) -> dict[str, int]:
+        """Site → its Flower node, of a consortium over Flower."""
+        path = self.home / NODES
+        return msgspec.json.decode(files.read(path), type=dict[str, int]) if path.exists() else {}
+
+    def set_node(self, name: str, node: int) -> None:
+        """Say which Flower node is a site's: the number that ``flwr supernode register`` gave to its key.
+
+        Raises:
+            DeploymentError: there is no such site, or another site has this node.
+        """
+        papers.require_engine(self.terms.engine, "flower")
+        if name not in {member.name for member in self.members}:
+            raise DeploymentError(f"there is no approved site {name!r}")
+        others = {site: number for site, number in self.nodes.items() if site != name}
+        if node in others.values():
+            raise DeploymentError(f"node {node} is another site's: each has one of its own")
+        files.write(self.home / NODES, msgspec.json.encode({**others, name: node}))
 
     @property
     def members(self) -> tuple[Applicant, ...]:
@@ -162,11 +204,13 @@ class Consortium:
         """What goes back to a site: its certificate, the CA's, the terms and the roster. No secret is in it."""
         roster = self.roster_file()
         signed = self.home / MEMBERS / f"{name}.signed.zip"
-        if not signed.exists() or name in self.suspended:
+        if name not in {member.name for member in self.members}:
             raise DeploymentError(f"there is no approved site {name!r}")
         if roster is None or all(member.name != name for member in self.roster().members):  # type: ignore[union-attr]
             raise DeploymentError(f"no roster has {name!r} yet: privfed consortium roster {self.home}")
-        parts = {papers.CERTIFICATE: signed, papers.ROSTER: roster}
+        parts = {papers.ROSTER: roster}
+        if self.terms.engine == "nvflare":
+            parts[papers.CERTIFICATE] = signed
         parts |= {part: self.home / part for part in (papers.TERMS, papers.SIGNATURE)}
         return papers.pack({part: files.read(path) for part, path in parts.items()})
 

@@ -12,6 +12,7 @@ from privfed import wire
 from privfed.config import Target
 from privfed.crypto.homomorphic.messages import KEY_HOLDER_STEPS
 from privfed.data.tables import Table
+from privfed.interrupted import Interrupted
 from privfed.key_holder import KeyHolder
 from privfed.methods import State
 from privfed.site import Site
@@ -57,6 +58,24 @@ class DurableSite:
         self._states, self._data, self._task = states, papers.agreed(data), task
         self._facts: _Facts | None = None
         self._kept: tuple[State, State] | None = None
+
+    def resume(self, begin: bytes, left: Interrupted) -> None:
+        """Go on in another process in the round that ``begin`` began, where `Site.suspend` left it.
+
+        Raises:
+            PrivfedError, AggregationError: it can not be gone on with, and nothing was done. Then make a new one.
+        """
+        message = wire.decode_request(begin)
+        if not isinstance(message, wire.Begin):
+            raise wire.WireError("a round is begun by another message")
+        plan = wire.decode_plan(message.plan)
+        self._name = _name(plan.run)
+        facts = self._read_facts()
+        if facts is None or (facts.run, facts.round) != (plan.run, plan.round) or self._refusal(plan) is not None:
+            raise wire.WireError("the site's own notes are of another round")
+        self._facts = facts
+        self._restore("after" if left.contributed else "before")
+        self.site.resume(message, left)
 
     def handle(self, request: bytes) -> bytes:
         try:
@@ -117,7 +136,7 @@ class DurableSite:
     def _enter(self, plan: wire.RoundPlan) -> str | None:
         """Have the states in place that the plan's round begins with; or the reason why that can not be."""
         if self._facts is None:
-            self._name = hashlib.sha256(plan.run.encode()).hexdigest()[:32]
+            self._name = _name(plan.run)
             self._facts = self._read_facts() or _Facts(plan.run, -1)
             # The round that was under way is done again as it began; a later one begins after it
             self._restore("before" if plan.round == self._facts.round else "after")
@@ -170,3 +189,8 @@ class DurableSite:
 
     def _path(self, what: str) -> Path:
         return self._states / f"{self._name}.{what}"
+
+
+def _name(run: str) -> str:
+    """What a run's files are called."""
+    return hashlib.sha256(run.encode()).hexdigest()[:32]

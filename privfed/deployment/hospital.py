@@ -26,7 +26,7 @@ from privfed.site import Site
 from . import files, kits, papers
 from .durable import DurableSite
 from .files import DeploymentError
-from .papers import Hex32, Name, Terms
+from .papers import EngineName, Hex32, Name, Terms
 
 SITE, POLICY, KEYS, KIT, REQUEST, LEDGER, JOURNAL, STATES, LOCK = (
     "site.toml",
@@ -69,12 +69,14 @@ class SiteFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     Args:
         data: path of its own table, or of its database file.
+        engine: that its consortium has.
         study: never set at a hospital.
     """
 
     name: Name
     organisation: Name
     data: str = ""
+    engine: EngineName = "nvflare"
     study: Study | None = None
 
 
@@ -105,14 +107,24 @@ class Hospital:
     file: SiteFile
 
     @classmethod
-    def request(cls, home: Path, *, consortium: str, name: str, organisation: str, contact: str) -> bytes:
+    def request(
+        cls,
+        home: Path,
+        *,
+        consortium: str,
+        name: str,
+        organisation: str,
+        contact: str,
+        engine: EngineName = "nvflare",
+    ) -> bytes:
         """Make a site's keys, in a new folder of mode 0700, and the request that may leave it.
 
         Raises:
             DeploymentError: the folder is not empty, FLARE is missing, or no site can have the name.
         """
         papers.require_name(name, "a site")
-        kits.require_flare()
+        if engine == "nvflare":
+            kits.require_flare()
         if home.exists() and any(home.iterdir()):
             raise DeploymentError(f"{home} is not empty: nothing was changed; give a new folder")
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -120,11 +132,14 @@ class Hospital:
         identity = Identity.generate(name)
         secret = _Keys(identity.secagg_private.hex(), identity.ledger_private.hex())
         files.write(home / KEYS, msgspec.json.encode(secret), private=True)
-        site = SiteFile(name=name, organisation=organisation)
+        site = SiteFile(name=name, organisation=organisation, engine=engine)
         files.write_toml(home / SITE, site, comment="A site of a privfed consortium. Yours alone.")
         files.parse_toml(files.read(home / SITE), SiteFile, home / SITE)
-        asked = kits.request(home / REQUEST, consortium, name=name, type="client", org=kits.flare_name(organisation))
-        body = papers.application(identity, organisation=organisation, contact=contact, flare_request=files.read(asked))
+        asked = b""
+        if engine == "nvflare":
+            org = kits.flare_name(organisation)
+            asked = files.read(kits.request(home / REQUEST, consortium, name=name, type="client", org=org))
+        body = papers.application(identity, organisation=organisation, contact=contact, flare_request=asked)
         files.write(home / f"{name}.request", body)
         return body
 
@@ -145,8 +160,10 @@ class Hospital:
         Raises:
             DeploymentError: something does not hold; nothing is installed.
         """
-        parts = papers.unpack(kit, (papers.CERTIFICATE, papers.ROSTER, papers.TERMS, papers.SIGNATURE))
+        own = (papers.CERTIFICATE,) if self.file.engine == "nvflare" else ()
+        parts = papers.unpack(kit, (*own, papers.ROSTER, papers.TERMS, papers.SIGNATURE))
         terms = files.parse_toml(parts[papers.TERMS], Terms, papers.TERMS)
+        papers.require_engine(terms.engine, self.file.engine)
         key = bytes.fromhex(terms.authority)
         said = authority.replace(" ", "").lower()
         if said not in (terms.authority, papers.fingerprint(key).replace(" ", "")):
@@ -158,19 +175,8 @@ class Hospital:
         if not data.is_file():
             raise DeploymentError(f"there is no table at {data}")
         self._accept(parts[papers.ROSTER], key)
-        signed = self.home / f"{self.file.name}.signed.zip"  # FLARE goes by the ending
-        files.write(signed, parts[papers.CERTIFICATE])
-        shutil.rmtree(self.home / KIT, ignore_errors=True)
-        made = kits.package(
-            signed,
-            self.home / REQUEST,
-            fingerprint=terms.ca,
-            out=self.home / KIT,
-            name=self.file.name,
-            home=self.home / ".flare",
-        )
-        signed.unlink()
-        kits.harden(made, "site", self.home)
+        if terms.engine == "nvflare":
+            self._package(parts[papers.CERTIFICATE], terms.ca)
         files.write(self.home / papers.TERMS, parts[papers.TERMS])
         files.write(self.home / papers.ROSTER, parts[papers.ROSTER])
         site = msgspec.structs.replace(self.file, data=str(data.absolute()))
@@ -183,6 +189,21 @@ class Hospital:
             )
         ledger_key(self.home / LEDGER)
         return terms
+
+    def _package(self, certificate: bytes, ca: str) -> None:
+        signed = self.home / f"{self.file.name}.signed.zip"  # FLARE goes by the ending
+        files.write(signed, certificate)
+        shutil.rmtree(self.home / KIT, ignore_errors=True)
+        made = kits.package(
+            signed,
+            self.home / REQUEST,
+            fingerprint=ca,
+            out=self.home / KIT,
+            name=self.file.name,
+            home=self.home / ".flare",
+        )
+        signed.unlink()
+        kits.harden(made, "site", self.home)
 
     def accept_roster(self, body: bytes) -> Roster:
         """Move to a roster's next version, signed by the consortium's authority.

@@ -7,7 +7,7 @@ import io
 import re
 import zipfile
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -34,6 +34,7 @@ TERMS, SIGNATURE, ROSTER, CERTIFICATE, MEMBER = (
     "member.json",
 )
 FLARE_REQUEST = "request.zip"
+EngineName = Literal["nvflare", "flower"]
 _MOST_BYTES = 16 * 2**20
 
 
@@ -42,10 +43,11 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     Args:
         contact: whom a site calls.
-        host, port: where the coordinator's server is reached, over mTLS; the one port there is.
+        host, port: where the coordinator's server is reached, over TLS; the one port there is.
         authority: Ed25519 key of who signs rosters, offline.
         coordinator: Ed25519 key that the coordinator signs its own book with.
-        ca: fingerprint of the certificate authority.
+        ca: fingerprint of the certificate authority; empty over Flower, whose federation has its own.
+        engine: what carries the messages.
         data: the agreed columns, ranges and classes; each site's file is its own affair.
         task: what is predicted.
     """
@@ -57,6 +59,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     authority: Hex32
     coordinator: Hex32
     ca: str
+    engine: EngineName = "nvflare"
     data: Table
     task: Target
 
@@ -69,6 +72,16 @@ def require_name(name: str, whose: str) -> None:
     """
     if re.fullmatch(NAME.removeprefix("^").removesuffix("$"), name) is None:
         raise DeploymentError(f"{whose} can not be named {name!r}: take letters, digits and hyphens, 63 at most")
+
+
+def require_engine(found: EngineName, needed: EngineName) -> None:
+    """Return if a consortium has the engine that a command is about. Raises `DeploymentError`, saying what to do."""
+    if found != needed:
+        raise DeploymentError(
+            "this consortium's messages go over Flower: start it with Flower's own commands, as docs/flower.md has them"
+            if found == "flower"
+            else "this consortium's messages go over NVIDIA FLARE: start it with privfed coordinator and privfed site"
+        )
 
 
 def schema_of(terms: Terms) -> Schema:

@@ -27,4 +27,7 @@ What an engine does *not* promise: that a reply is honest, that sites see the sa
 all. Those are for the protocols above it.
 
 Handlers keep their side: ``handle`` gives bytes for whatever bytes come, and never raises.
+
+Three engines: `local` (one process), `nvflare` (NVIDIA FLARE; deployments) and `flower` (a Flower federation that is there
+already). Over Flower a site has no process that lives, and so no handler: a function gets what the engine kept for it.
 """

@@ -103,15 +103,34 @@ def without_flare() -> Iterator[None]:
         yield
 
 
-def found(home: Path, config: Config, *, port: int = 8102, policy: Policy = OPEN, study: bool = True) -> Consortium:
+def found(
+    home: Path,
+    config: Config,
+    *,
+    port: int = 8102,
+    policy: Policy = OPEN,
+    study: bool = True,
+    engine: papers.EngineName = "nvflare",
+) -> Consortium:
     """A consortium, its hospitals beside it, all set up."""
     sites: dict[str, str] = config.data.files  # type: ignore[union-attr]
     consortium = Consortium.create(
-        home / "coordinator", config, name="consortium", contact="c@example.org", host="localhost", port=port
+        home / "coordinator",
+        config,
+        name="consortium",
+        contact="c@example.org",
+        host="localhost",
+        port=port,
+        engine=engine,
     )
     for site in sites:
         body = Hospital.request(
-            home / site, consortium="consortium", name=site, organisation=f"{site}-hospital", contact=f"it@{site}.org"
+            home / site,
+            consortium="consortium",
+            name=site,
+            organisation=f"{site}-hospital",
+            contact=f"it@{site}.org",
+            engine=engine,
         )
         consortium.approve(body)
     consortium.next_roster()

@@ -89,6 +89,8 @@ def job_processes(kit: Path) -> list[int]:
 class Rig:
     """The suite's engine over FLARE. ``exchange`` runs in the server's job process."""
 
+    pace = 1.0
+
     def __init__(self, home: Path, sites: tuple[str, ...]) -> None:
         self.home, self.sites, self.port = home, sites, free_port()
         self.parties: dict[str, Party] = {}
