@@ -99,18 +99,19 @@ def test_a_masked_run_over_flower_equals_the_run_in_one_process(federation: Fede
         assert not any(row.encode() in logs for row in rows)
 
 
-def test_a_site_that_restarts_in_a_round_is_not_in_its_sum_says_nothing_and_joins_the_next(
+def test_a_site_that_restarts_in_a_round_is_not_in_its_sum_says_nothing_and_joins_a_later_one(
     federation: Federation,
 ) -> None:
     charged = len(spends(federation.home / "north" / LEDGER, "north"))
-    run = federation.start(federation.experiment(rounds=2, name="restarted"))
+    run = federation.start(federation.experiment(rounds=4, name="restarted"))
     federation.at(run, 0, "mask")
     federation.rig.kill("north")
     federation.rig.start("north")
     federation.finished(run)
-    first, second = runs.progress(run)
+    first, *later = runs.progress(run)
     assert first.aborted is not None and "north" not in first.contributed  # three sites: no sum without it
-    assert second.aborted is None and second.contributed == SITES
+    # How long Flower takes to see it again is Flower's: one of the next rounds has it
+    assert any(report.contributed == SITES for report in later)
     # What it can not know it refuses: whatever it says of that round is a reason, and no vector
     assert "north" not in first.refused or "north" in first.refused["north"]
     assert len(spends(federation.home / "north" / LEDGER, "north")) > charged
