@@ -28,6 +28,6 @@ all. Those are for the protocols above it.
 
 Handlers keep their side: ``handle`` gives bytes for whatever bytes come, and never raises.
 
-Three engines: `local` (one process), `nvflare` (NVIDIA FLARE; deployments) and `flower` (a Flower federation that is there
-already). Over Flower a site has no process that lives, and so no handler: a function gets what the engine kept for it.
+Three engines: `local` (one process), `nvflare` (NVIDIA FLARE; deployments) and `flower` (a Flower federation that is
+there already). Over Flower a site has no process that lives, and so no handler: a function gets what was kept for it.
 """
