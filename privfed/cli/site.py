@@ -56,6 +56,29 @@ def start(home: Home) -> None:
 
 
 @app.command()
+def serve(
+    home: Home,
+    socket: Annotated[Path, typer.Option("--socket", help="A new socket, which its SuperNode's user may write to.")],
+) -> None:
+    """Over Flower: answer at a socket until the process is ended, as a user that the SuperNode is not."""
+    import os
+
+    import torch
+
+    from privfed.deployment import papers, woken
+    from privfed.deployment.hospital import Hospital
+    from privfed.engines import relay
+
+    hospital = Hospital.open(home)
+    papers.require_engine(hospital.file.engine, "flower")
+    _ = hospital.policy, hospital.roster, hospital.identity  # refused now, not when the first message comes
+    torch.set_num_threads(1)
+    os.umask(0o077)
+    typer.echo(f"{hospital.file.name} answers at {socket}", err=True)
+    relay.serve(socket, lambda request, deposit: woken.answer(hospital.home, request, deposit))
+
+
+@app.command()
 def status(home: Home, json: Json = False) -> None:
     """What this site was asked, what it agreed to, and what it has spent."""
     from privfed.deployment.hospital import Hospital

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +22,7 @@ from privfed.folder import RunFolder
 from tests.privfed.deployment import house
 from tests.privfed.deployment.house import SITES
 from tests.privfed.deployment.test_blocks import INSECURE, same_as_in_process, spends
-from tests.privfed.engines.flare_rig import ROOT, until
+from tests.privfed.engines.flare_rig import ROOT, Party, until
 
 pytestmark = pytest.mark.skipif(not os.environ.get("PRIVFED_FLOWER"), reason="minutes: make test-flower")
 
@@ -37,11 +38,17 @@ class Federation:
 
         self.home, self.paths = home, house.tables(home / "tables")
         self.config = self.experiment(rounds=2)
-        self.rig = Rig(home, {site: {"privfed": str(home / site)} for site in SITES})
+        # West's node goes into its folder; the others' reach a socket, at which the site answers
+        sockets = {site: {"privfed-socket": str(home / f"{site}.sock")} for site in SITES[:2]}
+        self.rig = Rig(home, {**sockets, SITES[2]: {"privfed": str(home / SITES[2])}})
+        self.sites: list[Party] = []
         policy = msgspec.structs.replace(house.OPEN, max_epsilon=50.0)
         self.consortium: Consortium = house.found(home, self.config, port=self.rig.port, policy=policy, engine="flower")
 
     def __enter__(self) -> Self:
+        for site in SITES[:2]:
+            words = ["site", "serve", str(self.home / site), "--socket", str(self.home / f"{site}.sock")]
+            self.sites.append(Party([sys.executable, "-m", "privfed", *words], self.home / f"{site}.site.out"))
         self.rig.__enter__()
         for site, node in self.rig.ids.items():
             self.consortium.set_node(site, node)
@@ -49,6 +56,8 @@ class Federation:
 
     def __exit__(self, *_: object) -> None:
         self.rig.__exit__()
+        for site in self.sites:
+            site.kill()
 
     def experiment(self, **more: Any) -> Config:
         waits = {"deadline_seconds": 120}
