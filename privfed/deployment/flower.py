@@ -1,8 +1,8 @@
 """What runs of a consortium over Flower name: the coordinator as a ServerApp, a site as a ClientApp.
 
 Each side's place stands in its own configuration: the coordinator's folder in the run's, a site's in its SuperNode's,
-as ``privfed = "/a/folder"`` or, better, as ``privfed-socket = "/a/socket"`` at which `privfed site serve` answers. Flower
-starts a process for each message: nothing is imported here that a relay does not need.
+as ``privfed = "/a/folder"`` or, better, as ``privfed-socket = "/a/socket"`` at which `privfed site serve` answers.
+Flower starts a process for each message: nothing is imported here that a relay does not need.
 """
 
 from collections.abc import Mapping
