@@ -141,7 +141,9 @@ def test_runs_agree_in_distribution_over_keys(tmp_path: Path) -> None:
     one, other = (torch.stack(found[engine]).numpy() for engine in found)
     p_values = [stats.ks_2samp(one[:, column], other[:, column]).pvalue for column in range(one.shape[1])]
     assert min(p_values) > 1e-3 / len(p_values)
-    assert 0.5 < one.std() / other.std() < 2
+    # 29 degrees of freedom in each of 8 parameters and more: the ratio of spreads is good to 1/√(29 · 8) = 6.6 %; six σ
+    spreads = [np.sqrt(found.var(axis=0, ddof=1).mean()) for found in (one, other)]
+    assert 2 / 3 < spreads[0] / spreads[1] < 3 / 2
 
 
 def test_outages_change_nothing_else(tmp_path: Path) -> None:
