@@ -17,7 +17,7 @@ from privfed.privacy.accountant import Accountant
 from privfed.privacy.events import PrivacyUnit
 from privfed.privacy.ledger import Ledger
 
-from . import config_io, folder, keyring, statements
+from . import config_io, folder, keyring, statements, watching
 from .cohort import cohort_of, held_out, training_sites
 from .config import Config, SideNoise
 from .data.records import Sites
@@ -50,6 +50,8 @@ from .terms import (
 from .transfer.base import require_digest
 
 Observer = Callable[[RoundReport], None]
+
+_LOOK_SECONDS = 0.5  # who looks whether somebody is at work holds the folder for an instant
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,7 @@ def _drive(ready: Preparation, home: RunFolder, observer: Observer | None, watch
     torch.set_num_threads(config.simulation.threads)
     started = datetime.now(UTC)
     facts = home.facts()
-    with home.locked():
+    with home.locked(_LOOK_SECONDS):
         if (home.path / folder.SUMMARY).exists():
             return _ended(home, page=page)
         # All that could be wrong with the folder is found here, before anything is written
@@ -262,7 +264,7 @@ def _drive(ready: Preparation, home: RunFolder, observer: Observer | None, watch
         earlier = sum(report.seconds for report in reports)
         if reports:
             _same_spending(home, config, reports)
-        with open_consortium(
+        opened = open_consortium(
             config,
             ready.data,
             ready.schema,
@@ -271,7 +273,8 @@ def _drive(ready: Preparation, home: RunFolder, observer: Observer | None, watch
             accountant=ready.accountant,
             baselines=ready.baselines,
             watch=watch,
-        ) as consortium:
+        )
+        with opened as consortium, watching.telling(home.path) as told:
             _same_records(home, consortium)
             home.keep_metrics(lines)  # a line beyond the checkpoint is of the round that is now done again
             for name, private in checkpoint.sites.items():
@@ -290,6 +293,7 @@ def _drive(ready: Preparation, home: RunFolder, observer: Observer | None, watch
                 server_key=consortium.server_key,
                 journal=consortium.journal,
                 retired=checkpoint.retired,
+                on_step=told,
             )
             rounds = federation.rounds()
             while not stalled(reports, config.metric, config.evaluation.patience):

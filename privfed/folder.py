@@ -89,6 +89,23 @@ def locked(path: Path, wait_seconds: float = 0.0) -> Iterator[None]:
         yield
 
 
+def held(path: Path) -> bool:
+    """Whether a process holds the lock file ``path``. For who only looks on: nothing is written, not even the file.
+
+    Whoever wants the lock at this very instant finds it taken: give those a moment to wait.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    with os.fdopen(descriptor) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who look on do not see each other
+        except BlockingIOError:
+            return True
+    return False
+
+
 class RunFolder:
     """One run's files."""
 
@@ -264,6 +281,21 @@ class RunFolder:
             retired = json.loads(facts["retired"])
             return Checkpoint(int(facts["next_round"]), server, sites["site"], retired, kept, sites["shared"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise self._damaged(CHECKPOINT, error) from None
+
+    def next_round(self) -> int:
+        """The round at which the checkpoint stands; 0 before the first ended. No tensor is read, no digest checked.
+
+        Raises:
+            RunFolderError: it is damaged.
+        """
+        path = self.path / CHECKPOINT
+        try:
+            with safe_open(path, framework="pt") as file:
+                return int((file.metadata() or {})["next_round"])
+        except FileNotFoundError:
+            return 0
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise self._damaged(CHECKPOINT, error) from None
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:

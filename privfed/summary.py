@@ -1,7 +1,7 @@
 """The figures of a run: one object for Python, for ``--json`` and for the summary on the screen."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -207,7 +207,7 @@ def summarize(
             sampling=sampling(config),
             insecure_seed=insecure or config.privacy.insecure_seed is not None,
             adversaries=worst(exposed),
-            colluders=_colluders(config, reports, len(spent)),
+            colluders=colluders_of(config, {len(report.invited) for report in summed} or {len(spent)}),
         ),
         utility=_utility(config, reports),
         aggregation=AggregationSummary(
@@ -283,12 +283,15 @@ def sampling(config: Config) -> str:
     return f"every {drawn}, every round" if rate == 1.0 else f"{drawn}s by Poisson sampling, rate {rate:g}"
 
 
-def _colluders(config: Config, reports: Sequence[RoundReport], sites: int) -> int | None:
-    """The fewest that any round's noise was sized for."""
-    if not shares_noise(config):
+def colluders_of(config: Config, cohorts: Collection[int]) -> int | None:
+    """With noise in shares, the fewest sites beside the server that any round's noise was sized for; None otherwise.
+
+    Args:
+        cohorts: how many sites were invited to the rounds that had a sum.
+    """
+    if not shares_noise(config) or not cohorts:
         return None
-    sizes = {len(report.invited) for report in reports if report.contributed} or {sites}
-    return min(claimed_colluders(config, cohort_of(config, size)) for size in sizes)
+    return min(claimed_colluders(config, cohort_of(config, size)) for size in cohorts)
 
 
 def worst(exposed: Sequence[Sequence[Exposure]]) -> tuple[AdversarySummary, ...]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from . import accountant, audit, consortium, coordinator, data, predict, report, run, site, study
+from . import accountant, audit, consortium, coordinator, data, export, predict, report, run, site, study, watch
 from .exits import BAD_USAGE, FAILED, exit_code
 
 try:
@@ -23,11 +23,13 @@ app = typer.Typer(
 )
 app.command("run")(run.command)
 app.command("study")(study.command)
+app.command("watch")(watch.command)
 app.command("report")(report.command)
 app.command("predict")(predict.command)
 app.command("audit")(audit.command)
 app.add_typer(accountant.app, name="accountant")
 app.add_typer(data.app, name="data")
+app.add_typer(export.app, name="export")
 app.add_typer(consortium.app, name="consortium")
 app.add_typer(site.app, name="site")
 app.add_typer(coordinator.app, name="coordinator")
@@ -51,6 +53,8 @@ def _root(
 _AFTER = {
     "run": "before the first round nothing was spent; after it go on with privfed run --resume FOLDER (--out, or the "
     "newest in runs/): what was spent stands in its ledger",
+    "watch": "the run goes on",
+    "export": "what was written stands: give the command again",
     "study": "give the command again to go on: what is done is kept",
     "audit": "no result was recorded unless it says so above: give the command again, its seed makes the same audit",
     "accountant": "no ledger was changed: give the command again",

@@ -1,24 +1,22 @@
 """``privfed coordinator``: the server and the runs of a consortium."""
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import watch
 from .exits import FAILED, INCOMPLETE
 from .output import print_json
 
 if TYPE_CHECKING:
     from privfed.federation import RoundReport
-    from privfed.summary import Summary
 
 app = typer.Typer(help="Run a consortium's server and its experiments.", no_args_is_help=True, rich_markup_mode=None)
 
 Home = Annotated[Path, typer.Argument(help="The coordinator's folder.")]
 Name = Annotated[str | None, typer.Argument(help="A run's name [default: the latest]")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-_LOOK_SECONDS = 0.5
 Block = Annotated[int, typer.Option("--block", min=1, help="Rounds in a job: a site that was away joins the next one.")]
 
 
@@ -94,31 +92,27 @@ def resume(home: Home, run: Name = None, block: Block = 10, json: Json = False) 
     _drive(home, run, block, json)
 
 
-@app.command()
-def watch(
+@app.command("watch")
+def watch_run(
     home: Home,
     run: Name = None,
-    once: Annotated[bool, typer.Option("--once", help="Look once, and do not follow.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print a line of JSON whenever something changed.")] = False,
+    once: watch.Once = False,
+    json: watch.Json = False,
+    web: watch.Web = False,
+    port: watch.Port = None,
+    host: watch.Host = None,
+    allow_remote: watch.Remote = False,
 ) -> None:
     """Follow a run until it is over: round, phase, sites, ε, accuracy, faults. It asks no site for anything."""
-    from privfed.deployment import runs, watching
+    from privfed.deployment import runs
     from privfed.deployment.consortium import Consortium
+    from privfed.deployment.watching import watcher
 
-    from . import deployment
-
+    page = watch.page_options(web, port, host, allow_remote)
     consortium = Consortium(home.absolute())
     found = runs.find(consortium, run)
-    watcher = watching.Watcher(consortium, found)
-    views = (watcher.look() for _ in range(1)) if once else watcher.follow(lambda: time.sleep(_LOOK_SECONDS))
-    last = deployment.watch(watcher, views, json=json)
-    summary = runs.finished(found)
-    if summary is not None and not json:
-        _finish(found.path, summary)
-    if last is not None and last.state == "idle" and not once:
-        typer.echo(f"nobody works on it: privfed coordinator resume {home} {found.path.name}", err=True)
-    if not once and (summary is None or not summary.complete):
-        raise typer.Exit(INCOMPLETE)
+    resume = f"privfed coordinator resume {home} {found.path.name}"
+    watch.look_on(watcher(consortium, found), once=once, json=json, page=page, resume=resume)
 
 
 @app.command()
@@ -142,20 +136,12 @@ def _drive(home: Path, run: str | None, block: int, json: bool) -> None:
     summary = submission.drive(consortium, found, block=block, observer=_tell)
     if json:
         typer.echo(summary.to_json())
-    _finish(found.path, summary)
+    watch.finish(found.path, summary)
     if not summary.complete:
         raise typer.Exit(INCOMPLETE)
 
 
 def _tell(report: "RoundReport") -> None:
-    from .deployment import line
+    from privfed.watching import row_of
 
-    typer.echo(line(report), err=True)
-
-
-def _finish(path: Path, summary: "Summary") -> None:
-    spent = summary.privacy.epsilon.max
-    epsilon = (
-        "no claim" if spent is None else f"ε = {spent:.3f} at δ = {summary.privacy.delta:g}, any site, all its runs"
-    )
-    typer.echo(f"{summary.rounds} of {summary.rounds_planned} rounds; {epsilon}; {path}", err=True)
+    typer.echo(watch.line(row_of(report)), err=True)

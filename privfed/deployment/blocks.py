@@ -4,8 +4,8 @@ One FLARE job is one block. Whatever is killed, the next block goes on from the 
 is the same round again, for the same server key gives the same messages, and sites answer each of them once.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated
@@ -31,6 +31,7 @@ from privfed.seals import COORDINATOR
 from privfed.selection import best, stalled
 from privfed.summary import metrics_line, report_of, summarize
 from privfed.terms import build_model, needs_key_holder
+from privfed.watching import telling
 from privfed.witness import Witness
 
 from . import runs
@@ -59,20 +60,6 @@ class Block(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f'run = "{self.run}"\nrounds = {self.rounds}\n'
 
 
-class Now(msgspec.Struct, frozen=True):
-    """now.json in a run's folder while a block is at work: what the coordinator waits for.
-
-    Args:
-        round: from 0.
-        step: of the round's aggregation, or "evaluate".
-        asked: the sites that it was sent to.
-    """
-
-    round: int
-    step: str
-    asked: tuple[str, ...]
-
-
 def do_block(consortium: Consortium, block: Block, engine: Engine, present: Callable[[set[str]], set[str]]) -> bool:
     """The rounds of one block.
 
@@ -94,29 +81,13 @@ def do_block(consortium: Consortium, block: Block, engine: Engine, present: Call
             return True
         home.require_whole()
         book = stack.enter_context(Ledger(consortium.home / LEDGER))
-        told = stack.enter_context(_telling(home))
+        told = stack.enter_context(telling(home.path))
         work = _Work(consortium, home, roster, ready, book)
         work.require(present)
         over = work.rounds(work.federation(engine, told), block.rounds)
         if over:
             work.finish()
     return over
-
-
-@contextmanager
-def _telling(home: RunFolder) -> Iterator[Callable[[int, str, Sequence[str]], None]]:
-    """Keeps now.json; it is gone when nobody is at work."""
-    path = home.path / runs.NOW
-    draft = path.with_suffix(".new")
-
-    def tell(round: int, step: str, asked: Sequence[str]) -> None:
-        draft.write_bytes(msgspec.json.encode(Now(round, step, tuple(asked))))
-        draft.replace(path)
-
-    try:
-        yield tell
-    finally:
-        path.unlink(missing_ok=True)
 
 
 @dataclass

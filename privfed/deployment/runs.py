@@ -41,9 +41,6 @@ STOP = "stop"
 DRIVER = ".driver"
 """A file in a run's folder: held by the one command that submits its jobs."""
 
-NOW = "now.json"
-"""A file in a run's folder: what is being waited for; see `blocks.Now`."""
-
 
 @dataclass(frozen=True)
 class Plan:

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from privfed.errors import RunFolderError, RunIncomplete
+from privfed.errors import RunIncomplete
 from privfed.federation import RoundReport
-from privfed.folder import RunFolder
+from privfed.folder import LOCK, RunFolder, held
 from privfed.summary import Summary
 
 from . import files, jobs, runs
@@ -131,22 +131,12 @@ def _one_block(consortium: Consortium, home: RunFolder, session: Any, block: int
 
 def under_way(home: RunFolder) -> bool:
     """Whether a command drives this run, or a job does rounds of it."""
-    if _works(home):
-        return True
-    try:
-        with files.locked(home.path / runs.DRIVER, "the run"):
-            return False
-    except DeploymentError:
-        return True
+    return _works(home) or held(home.path / runs.DRIVER)
 
 
 def _works(home: RunFolder) -> bool:
     """Whether some process does rounds of this run now."""
-    try:
-        with home.locked():
-            return False
-    except RunFolderError:
-        return True
+    return held(home.path / LOCK)
 
 
 def _reason(consortium: Consortium) -> str:

@@ -83,7 +83,7 @@ def _content(history: History) -> Mapping[str, Any]:
         ],
         "released_plot": _released_plot(history) if noised else None,
         "unit_words": words.UNITS.get(summary.privacy.unit, "record"),
-        "against": words.against_short(history),
+        "against": words.against_short(summary.privacy.noise, summary.privacy.colluders),
         "version": __version__,
         "summary": summary,
         "metric_name": words.metric_name(summary.utility.metric),

@@ -494,16 +494,15 @@ def _against(history: History) -> str:
     )
 
 
-def against_short(history: History) -> str:
+def against_short(noise: str, colluders: int | None) -> str:
     """The same in a few words, for a caption."""
-    privacy = history.summary.privacy
-    if privacy.noise == NoiseSite.CENTRAL.value:
+    if noise == NoiseSite.CENTRAL.value:
         return "against everybody but the trusted server"
-    if privacy.colluders is None:
+    if colluders is None:
         return "against whoever sees all that leaves a site"
-    if privacy.colluders == 0:
+    if colluders == 0:
         return "against the server, if no site works with it"
-    return f"against the server together with {_up_to(privacy.colluders)}"
+    return f"against the server together with {_up_to(colluders)}"
 
 
 def _encrypted(history: History) -> bool:

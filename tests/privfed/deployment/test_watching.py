@@ -10,14 +10,15 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from privfed.cli.app import app
-from privfed.cli.deployment import picture
+from privfed.cli.watch import picture
 from privfed.config import Config
 from privfed.deployment import files, runs, submission
 from privfed.deployment.consortium import LAST, Consortium
 from privfed.deployment.files import DeploymentError
-from privfed.deployment.watching import QUIET_LOOKS, View, Watcher
+from privfed.deployment.watching import watcher as watching
 from privfed.engines.contract import Engine
 from privfed.folder import RunFolder
+from privfed.watching import QUIET_LOOKS, View, Watcher
 from tests.privfed.deployment import house
 from tests.privfed.deployment.house import SITES
 from tests.privfed.deployment.test_blocks import INSECURE, block
@@ -51,7 +52,7 @@ class Looking:
 
 def test_every_phase_is_seen_with_who_is_asked(tmp_path: Path, config: Config, consortium: Consortium) -> None:
     run = runs.begin(consortium, config)
-    watcher = Watcher(consortium, run)
+    watcher = watching(consortium, run)
     assert watcher.look() == View(
         run=run.path.name, state="idle", done=0, planned=3, sites_out=SITES, metric=config.metric
     )
@@ -78,7 +79,7 @@ def test_what_is_followed_ends_with_the_run_or_when_nobody_works_on_it(
     tmp_path: Path, config: Config, consortium: Consortium
 ) -> None:
     run = runs.begin(consortium, config)
-    watcher, pauses = Watcher(consortium, run), [0]
+    watcher, pauses = watching(consortium, run), [0]
 
     def pause() -> None:
         pauses[0] += 1
@@ -93,7 +94,7 @@ def test_what_is_followed_ends_with_the_run_or_when_nobody_works_on_it(
 
 def test_the_command_ends_with_what_to_do(tmp_path: Path, config: Config, consortium: Consortium,
                                           monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    monkeypatch.setattr("privfed.cli.coordinator._LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("privfed.cli.watch.LOOK_SECONDS", 0.0)
     run = runs.begin(consortium, config)
     result = CliRunner().invoke(app, ["coordinator", "watch", str(consortium.home), "--json"])
     assert result.exit_code == 3 and "resume" in result.stderr
@@ -108,10 +109,10 @@ def test_the_live_table_has_rounds_sites_figures_and_faults(
 ) -> None:
     run = runs.begin(consortium, config)
     block(consortium, run, 1)
-    watcher = Watcher(consortium, run)
+    watcher = watching(consortium, run)
     view = watcher.look()
     out = StringIO()
-    Console(file=out, width=160).print(picture(view, watcher.reports))
+    Console(file=out, width=160).print(picture(view, watcher.rows))
     text = out.getvalue()
     assert "1 of 3 rounds" in text and "3 of 3" in text and config.metric in text
     assert view.epsilon is not None and f"{view.epsilon:.3f}" in text
