@@ -6,6 +6,7 @@ terminal or on a page, shows no more: counts of sites, means over sites, the lar
 
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -295,7 +296,7 @@ class Watcher:
             self._forget_rounds()
         self._lines.read()
         while len(self.rows) < stands and self._lines.waiting:
-            number, text = len(self.rows), self._lines.waiting.pop(0)
+            number, text = len(self.rows), self._lines.waiting[0]
             try:
                 report = report_of(json.loads(text))
                 if report.round != number:
@@ -304,6 +305,7 @@ class Watcher:
                 raise RunFolderError(
                     f"{folder.METRICS}: line {number + 1} is damaged ({type(error).__name__})"
                 ) from None
+            self._lines.waiting.popleft()
             self._count(report)
             self.rows.append(row_of(report))
             self._last = report
@@ -348,7 +350,7 @@ class _Lines:
     """A file of lines that grows; a resumed run replaces it."""
 
     path: Path
-    waiting: list[bytes] = field(default_factory=list)
+    waiting: deque[bytes] = field(default_factory=deque)
     _file: int | None = None
     _at: int = 0
     _rest: bytes = b""
