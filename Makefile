@@ -31,7 +31,7 @@ lint: .venv/.ready-dev
 	touch $@
 
 .venv/.ready-dev: .venv/.ready
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,nvflare,sql]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,nvflare,sql,web,tensorboard,mlflow]'
 	touch $@
 
 # Faults and intrusions of a deployment over real processes: kill -9, full disks, cut lines, other authorities. Half an hour.

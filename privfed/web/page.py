@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -155,6 +156,7 @@ def _sites(watcher: Watcher, view: View) -> list[tuple[str, str, int, int, str]]
     return sorted(lines, key=lambda line: (not line[4], line[1] != "out", _natural(line[0])))
 
 
+@lru_cache(maxsize=20_000)
 def _natural(name: str) -> list[tuple[int, str]]:
     """site-9 before site-10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
