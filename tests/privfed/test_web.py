@@ -2,6 +2,9 @@
 
 import http.client
 import re
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -277,6 +280,20 @@ def test_an_address_that_is_none_and_a_port_that_is_taken_are_refused(tmp_path: 
     page = Page(Watcher(tmp_path))
     with serving(page), pytest.raises(ConfigError, match=r"nothing can listen on 127\.0\.0\.1, port"):
         Page(Watcher(tmp_path), port=urlsplit(page.address).port or 0)
+
+
+def test_the_command_serves_until_it_is_interrupted(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "privfed", "watch", str(watched(tmp_path / "run", SITES)), "--web"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        address = process.stdout.readline().strip()
+        assert urlsplit(address).hostname == "127.0.0.1" and "Over: 6 of 6 rounds" in ask(address)[2]
+        stream = Stream(address)
+        stream.next()
+        process.send_signal(signal.SIGINT)
+        told = process.stderr.read()
+        stream.close()
+    assert process.returncode == 0 and "Traceback" not in told and "Ctrl-C ends the page" in told
 
 
 # Charts

@@ -118,6 +118,20 @@ def test_the_live_table_has_rounds_sites_figures_and_faults(
     assert view.epsilon is not None and f"{view.epsilon:.3f}" in text
 
 
+def test_the_page_of_a_run_has_the_rosters_sites_and_why_the_last_block_ended(
+    consortium: Consortium, config: Config
+) -> None:
+    from privfed.web.page import Renderer
+
+    run = runs.begin(consortium, config)
+    block(consortium, run, 1)
+    files.write(consortium.home / LAST, b"2 sites are there, a sum needs 3: <south> did not come\n")
+    watcher = watching(consortium, run)
+    parts = Renderer().parts(watcher, watcher.look())
+    assert "the last block ended: 2 sites are there, a sum needs 3: &lt;south&gt; did not come" in parts["standing"]
+    assert all(f"<bdi>{site}</bdi></th><td>in</td>" in parts["sites"] for site in SITES)
+
+
 def test_one_command_at_a_time_drives_a_run(consortium: Consortium, config: Config) -> None:
     run: RunFolder = runs.begin(consortium, config)
     assert not submission.under_way(run)
