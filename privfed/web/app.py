@@ -127,7 +127,7 @@ def app(
             tasks.cancel_scope.cancel()
 
     routes = [Route("/", page), Route("/events", events), *map(_file, ("style.css", "watch.js", "icon.svg"))]
-    inside = Starlette(
+    inside: Callable[..., Any] = Starlette(
         routes=routes,
         lifespan=lifespan,
         middleware=[
