@@ -329,7 +329,7 @@ class Watcher:
                 unseen = held_out(config, self._names)
                 self._names = tuple(name for name in self._names if name not in unseen)
         here = set(inside)
-        return tuple(name for name in self._names if name not in here)
+        return tuple(name for name in self._names or self.sites if name not in here)
 
     def _told(self) -> tuple[str, ...]:
         """The sites whose records the run began with."""

@@ -169,6 +169,11 @@ def test_faults_are_told_with_their_site_and_round(tmp_path: Path) -> None:
     assert (watcher.sites["north"].contributed, watcher.sites["north"].missed) == (4, 2)
 
 
+def test_a_site_that_is_no_longer_invited_is_out(tmp_path: Path) -> None:
+    view = Watcher(watched(tmp_path / "run", (*SITES, "east"), over=False, leaves="east")).look()
+    assert view.sites_in == SITES and view.sites_out == ("east",)
+
+
 def test_thousands_of_sites_are_not_told_by_name() -> None:
     assert named(["a", "b"]) == "a, b"
     assert named([f"s{i}" for i in range(1000)]) == "s0, s1, s2, s3, s4, s5, s6, s7 and 992 more"
