@@ -5,7 +5,6 @@ The rounds of the main job, watched as they end; then the same page over thousan
     python benchmarks/watch.py [--quick] [--json FILE] [--check]
 """
 
-import json
 import sys
 import tempfile
 import threading
@@ -68,6 +67,7 @@ def main_job(report: Report, browser: Browser, scratch: Path, *, rounds: int) ->
         privfed.run(config, out=scratch / "run", observer=note)
         browser.wait("document.querySelector('h1').textContent.startsWith('Over')")
         came = browser.evaluate("came")
+        browser.open("about:blank")
     report.section("A live run")
     told(report, SHOWN, delays(ended, came))
 
@@ -92,6 +92,7 @@ def many(report: Report, browser: Browser, home: Path, sites: int, *, rounds: in
             time.sleep(1.5)
         browser.wait(f"document.querySelector('#rounds tbody th')?.textContent == '{rounds}'")
         came = browser.evaluate("came")
+        browser.open("about:blank")
     report.section(f"{sites:,} sites")
     told(report, MANY.format(sites), delays(ended, came))
     watcher, renderer = Watcher(home), Renderer()
@@ -101,7 +102,7 @@ def many(report: Report, browser: Browser, home: Path, sites: int, *, rounds: in
     report.add(f"{sites:,} sites: a look at what did not change", times["look"])
     report.add(f"{sites:,} sites: all parts drawn", times["draw"])
     report.add(f"{sites:,} sites: a whole page", sum(len(text.encode()) for text in parts.values()) / 1000, "kB")
-    report.add(f"{sites:,} sites: a line of metrics.jsonl", len(json.dumps(whole[0])) / 1000, "kB")
+    report.add(f"{sites:,} sites: a line of metrics.jsonl", len(whole[0].encode()) / 1000, "kB")
 
 
 def delays(ended: dict[str, float], came: dict[str, float]) -> Timing:
