@@ -14,11 +14,11 @@ from privfed import config_io
 from privfed.config import Config
 from privfed.crypto.journal import JournalFile
 from privfed.deployment import runs
-from privfed.deployment.blocks import Now
 from privfed.deployment.consortium import Consortium
 from privfed.deployment.deposits import Deposits
 from privfed.deployment.hospital import JOURNAL, LEDGER
 from privfed.folder import RunFolder
+from privfed.watching import NOW, Now
 from tests.privfed.deployment import house
 from tests.privfed.deployment.house import SITES
 from tests.privfed.deployment.test_blocks import INSECURE, same_as_in_process, spends
@@ -76,7 +76,7 @@ class Federation:
         """Return when the coordinator has sent that step."""
 
         def there() -> bool:
-            path = run.path / runs.NOW
+            path = run.path / NOW
             now = msgspec.json.decode(path.read_bytes(), type=Now) if path.exists() else None
             return now is not None and (now.round, now.step) == (round, step)
 
