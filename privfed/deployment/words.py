@@ -11,11 +11,13 @@ def agreement(terms: Terms, policy: Policy, *, name: str, data: str) -> str:
     """What ``privfed site init`` prints."""
     columns = ", ".join(column.name for column in terms.data.columns)
     spend = "the run's own target" if policy.max_epsilon is None else f"ε = {policy.max_epsilon:g}"
+    flower = terms.engine == "flower"
+    proof = "to a Flower node with a key of its own" if flower else "with a certificate of this site's own on both ends"
     lines = [
         f"{name} takes part in the consortium {terms.name!r} ({terms.contact}).",
         "",
         "What leaves this machine, to one address only:",
-        f"  {terms.host}, port {terms.port}, over TLS, with a certificate of this site's own on both ends.",
+        f"  {terms.host}, port {terms.port}, over TLS, {proof}.",
         "  In training: an update, clipped and noised, and hidden in a sum with the other sites' updates."
         if policy.require_secure_aggregation
         else "  In training: an update, clipped and noised. WITHOUT secure aggregation if a run asks for that.",
@@ -35,12 +37,22 @@ def agreement(terms: Terms, policy: Policy, *, name: str, data: str) -> str:
         else "  runs WITHOUT a differential-privacy claim are allowed;",
         "  no noise that only the server adds;" if policy.refuse_central_noise else "  the server may add the noise;",
         *_narrower(policy),
-        "  no code from elsewhere: jobs name one class of the toolkit that is installed here, and nothing else.",
+        *_code(terms),
         "",
         f"The authority that signs the list of sites: {papers.fingerprint(bytes.fromhex(terms.authority))}",
         "What was asked, refused and spent: privfed site status. To stop: end the process; to leave: tell the contact.",
     ]
     return "\n".join(map(printable, lines))  # the coordinator wrote names and the contact: not a line of ours
+
+
+def _code(terms: Terms) -> list[str]:
+    """Whose code runs on a site's machine."""
+    if terms.engine == "flower":
+        return [
+            "WHAT THE CONSORTIUM CAN CHANGE: which code Flower runs on this machine; a run brings its own. It can read",
+            "  what its SuperNode's user can read: have that be another user than this site's (privfed site serve).",
+        ]
+    return ["  no code from elsewhere: jobs name one class of the toolkit that is installed here, and nothing else."]
 
 
 def _narrower(policy: Policy) -> list[str]:
