@@ -219,11 +219,11 @@ class Site:
         self._journal.forget()
 
     def suspend(self) -> Interrupted | None:
-        """What this site knows of the round under way, for a process that ends between two messages.
+        """What this site knows of the round that it began last, for a process that ends between two messages.
 
-        None between rounds, and of a round that was measured: it is over. States, books and spends are elsewhere.
+        None if it has begun none. States, books and spends are elsewhere.
         """
-        if self._begun is None or self._begun == self._measured:
+        if self._begun is None:
             return None
         client = self._current.client if self._current is not None else None
         return Interrupted(

@@ -29,7 +29,8 @@ class Deposits:
     Guarantees:
         A deposit opens at most once, and only the last one; only with every bit as it was, and at the site that left
         it. Its key is erased durably before its content is used. Whoever keeps a deposit learns its length. As with the
-        journal, in whose file the keys stand: no copy of that file may be restored.
+        journal, in whose file the keys stand, no copy of that file may be restored, and erasure below the file system
+        is not promised.
     """
 
     def __init__(self, file: JournalFile, owner: str, entropy: Callable[[int], bytes] = secrets.token_bytes) -> None:

@@ -5,6 +5,7 @@ Everything else a site knows stands on its own disk, as with every engine.
 """
 
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -61,12 +62,13 @@ def answer(home: Path, request: bytes, deposit: bytes) -> tuple[bytes, bytes]:
             begin = _resumed(site, message, deposits, deposit)
         except (PrivfedError, AggregationError) as error:
             deposits.give_up()
-            return wire.encode(wire.Refusal("protocol", str(error), final=isinstance(error, PolicyRefusal))), b""
+            kind: Literal["policy", "protocol"] = "policy" if isinstance(error, PolicyRefusal) else "protocol"
+            return wire.encode(wire.Refusal(kind, str(error), final=kind == "policy")), b""
         if isinstance(message, wire.Begin):
             begin = request
         reply = site.handle(request)
         left = site.site.suspend()
-        if left is None or not begin:
+        if left is None or not begin or isinstance(message, wire.Evaluate):  # a measurement is a round's end
             return reply, b""
         about = digest("privfed/round/1", begin, message.step.encode())
         return reply, deposits.leave(msgspec.msgpack.encode(_Left(begin, left)), about=about)

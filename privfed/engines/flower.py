@@ -66,7 +66,8 @@ class FlowerEngine:
         """The sites among ``sites`` that are connected, when all are or the time is over."""
         end = self._clock() + seconds
         while True:
-            here = {site for site in sites if self._nodes.get(site) in self._online()}
+            online = self._online()
+            here = {site for site in sites if self._nodes.get(site) in online}
             if here == sites or self._clock() >= end:
                 return here
             self._sleep(1.0)
