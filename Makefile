@@ -46,7 +46,7 @@ test-flower: .venv-flower/.ready
 .venv-flower/.ready: pyproject.toml constraints-flower.txt
 	$(PYTHON) -m venv .venv-flower
 	$(FLOWER)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints-flower.txt)
-	$(FLOWER)/pip install --quiet --disable-pip-version-check -c constraints-flower.txt -e '.[flower]' pytest pytest-xdist
+	$(FLOWER)/pip install --quiet --disable-pip-version-check -c constraints-flower.txt -e '.[flower]' hypothesis pytest
 	touch $@
 
 # Ten minutes of coverage-guided fuzzing of every decoder and machine of crypto/.
