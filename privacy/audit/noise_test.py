@@ -11,7 +11,7 @@ from ..selftest import SelfTestFailed
 from .result import Audit, verdict_of
 
 _FALSE_ALARM = 1e-6  # of one statistic, as in selftest.py
-_STATISTICS = 4  # of one check
+STATISTICS = 4  # of one stream of noise: mean, spread, shape, each coordinate
 
 
 def check_gaussian(residual: NDArray[np.float64], deviation: float, *, what: str = "the noise") -> None:
@@ -72,6 +72,7 @@ def audit(
     *,
     name: str,
     size: int,
+    statistics: int,
     claimed_epsilon: float | None,
     delta: float | None,
     seed: int,
@@ -82,6 +83,7 @@ def audit(
     Args:
         checks: name → raises `SelfTestFailed`.
         size: coordinates of noise in the smallest check; the power is computed from it.
+        statistics: how many all checks together look at: each is wrong about sound noise with a probability of 1e-6.
 
     Guarantees:
         Sound noise is called a violation with probability at most 1 − confidence.
@@ -100,7 +102,7 @@ def audit(
         claimed_epsilon=claimed_epsilon,
         delta=delta,
         epsilon_lower=0.0,
-        confidence=1 - min(1.0, _STATISTICS * _FALSE_ALARM * max(1, len(checks))),
+        confidence=1 - min(1.0, _FALSE_ALARM * statistics),
         trials=size,
         verdict=verdict_of(rejected=bool(failed), claimed_epsilon=claimed_epsilon, power=power),
         note=f"{said}. {note}".strip(),

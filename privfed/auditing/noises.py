@@ -84,6 +84,7 @@ def audit_noise(target: Target, *, seed: int, progress: Callable[[int, int], Non
         followed,
         name="noise, clip and booking",
         size=min([stream.size for stream in streams.values()] + [_FIGURES for _ in sides]),
+        statistics=noise_test.STATISTICS * len(streams) * (1 + len(sides)) + 1,  # one more of all streams together
         claimed_epsilon=target.cost(ahead(config, target.cohort, dim, target.noise_multiplier, config.rounds)),
         delta=config.privacy.delta,
         seed=seed,

@@ -219,12 +219,13 @@ def test_shared_seeds_and_weak_noise_are_violations_and_sound_noise_is_not() -> 
             },
             name="noise",
             size=4000,
+            statistics=noise_test.STATISTICS + 1,
             claimed_epsilon=4.0,
             delta=DELTA,
             seed=0,
         )
 
-    assert of(streams).verdict == "supported"
+    assert of(streams).verdict == "supported" and of(streams).confidence == 1 - 5e-6
     assert of([*streams, streams[0]]).verdict == "violation"
     assert of([*streams, -streams[0]]).verdict == "violation"
     assert of([*streams, np.zeros(4000)]).verdict == "violation"
@@ -253,7 +254,7 @@ def test_another_law_of_the_same_variance_is_caught() -> None:
 
 
 def test_a_self_test_of_few_numbers_has_no_power_and_supports_nothing() -> None:
-    few = noise_test.audit({}, name="noise", size=3, claimed_epsilon=4.0, delta=DELTA, seed=0)
+    few = noise_test.audit({}, name="noise", size=3, statistics=4, claimed_epsilon=4.0, delta=DELTA, seed=0)
     assert few.power is not None and few.power < 0.95
     assert few.verdict == "inconclusive"
 
