@@ -41,10 +41,16 @@ class Tracker:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
         try:
+            from mlflow.exceptions import MlflowException
             from mlflow.tracking import MlflowClient
         except ImportError as error:
             raise ConfigError(f"MLflow is not here ({error}): pip install 'privfed[mlflow]'") from None
-        self._client: Any = MlflowClient(tracking_uri=uri)
+        try:
+            self._client: Any = MlflowClient(tracking_uri=uri)
+        except (MlflowException, ImportError):  # files are opted into, databases need all of MLflow
+            raise ConfigError(
+                "this MLflow does not open that address by itself: give the one of a tracking server, http: or https:"
+            ) from None
         self._experiment = experiment
         self._run = ""
 

@@ -23,7 +23,7 @@ from privfed.errors import ConfigError, RunFolderError
 from privfed.report.standing import meaning
 from privfed.trackers import tensorboard
 from privfed.trackers.figures import figures
-from privfed.trackers.mlflow import Tracker
+from privfed.trackers.mlflow import Tracker, TrackingError
 from privfed.watching import Watcher
 from tests.privfed.watched import stand_at, watched
 
@@ -191,6 +191,8 @@ class Server:
         self._thread.start()
 
     def close(self) -> None:
+        if not self._thread.is_alive():
+            return
         self._http.shutdown()
         self._http.server_close()
         self._thread.join()
@@ -323,6 +325,36 @@ def test_mlflow_has_the_run_once(tmp_path: Path, server: Server) -> None:
     for _ in range(2):
         assert steps(given(), "global") == [1, 2, 3, 4, 5, 6] and run["status"] == "FINISHED"
     assert list(server.experiments) == ["breast-cancer"]
+
+
+def test_mlflow_itself_reads_what_the_run_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow", reason="MLflow is not here: pip install 'privfed[mlflow]'")
+    from mlflow.tracking import MlflowClient
+
+    address = (tmp_path / "store").as_uri()
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    with pytest.raises(ConfigError, match="tracking server"):
+        Tracker(address)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    watcher = Watcher(watched(tmp_path / "run", SITES, aborted={4: "few"}))
+    for _ in range(2):
+        number = Tracker(address).write(watcher, watcher.look())
+    client = MlflowClient(tracking_uri=address)
+    for name in ("global", "epsilon_max", "faults", "sites_contributed"):
+        history = sorted(client.get_metric_history(number, name), key=lambda metric: metric.step)
+        assert [metric.step for metric in history] == [1, 2, 3, 4, 5, 6]
+        assert [metric.value for metric in history] == [figures(watcher, row)[name] for row in watcher.rows]
+    run = client.get_run(number)
+    assert run.info.status == "FINISHED" and run.info.run_name == "made" and run.data.params["noise"] == "local"
+    assert len(client.search_runs([run.info.experiment_id])) == 1
+
+
+def test_a_server_that_does_not_answer_is_told(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    server.close()
+    watcher = Watcher(watched(tmp_path / "run", SITES))
+    with pytest.raises(TrackingError, match="does not take the run"):
+        Tracker(server.address).write(watcher, watcher.look())
 
 
 def test_a_resumed_run_runs_again_there(tmp_path: Path, server: Server) -> None:
