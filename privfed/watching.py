@@ -155,18 +155,26 @@ def named(sites: Sequence[str]) -> str:
 
 @contextmanager
 def telling(home: Path) -> Iterator[Callable[[int, str, Sequence[str]], None]]:
-    """Keeps now.json in a run's folder, for `Federation`'s on_step; it is gone when nobody is at work."""
+    """Keeps now.json in a run's folder, for `Federation`'s on_step; it is gone when nobody is at work.
+
+    A folder in which nothing was begun is left as it stood.
+    """
     path = home / NOW
     draft = path.with_suffix(".new")
+    told = False
 
     def tell(round: int, step: str, asked: Sequence[str]) -> None:
-        draft.write_bytes(msgspec.json.encode(Now(round, step, tuple(asked))))
-        draft.replace(path)
+        nonlocal told
+        told = True
+        with suppress(OSError):  # who looks on never ends a run
+            draft.write_bytes(msgspec.json.encode(Now(round, step, tuple(asked))))
+            draft.replace(path)
 
     try:
         yield tell
     finally:
-        path.unlink(missing_ok=True)
+        if told:
+            path.unlink(missing_ok=True)
 
 
 class Watcher:

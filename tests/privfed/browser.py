@@ -80,7 +80,7 @@ class Browser:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    def wait(self, expression: str, seconds: float = 60.0) -> Any:
+    def wait(self, expression: str, seconds: float = 120.0) -> Any:
         """Its value once it is true: a limit so that a test ends, not one that it asserts."""
         end = time.monotonic() + seconds
         while not (value := self.evaluate(expression)):

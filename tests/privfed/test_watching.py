@@ -18,7 +18,7 @@ from privfed.engines.contract import Progress
 from privfed.errors import PrivfedError, RunFolderError
 from privfed.federation import RoundReport
 from privfed.folder import RunFolder, held
-from privfed.watching import NOW, QUIET_LOOKS, View, Watcher, named, row_of
+from privfed.watching import NOW, QUIET_LOOKS, View, Watcher, named, row_of, telling
 from tests.privfed.watched import stand_at, watched
 
 SITES = ("north", "south", "west")
@@ -67,6 +67,19 @@ def test_a_run_is_seen_as_it_goes(tmp_path: Path) -> None:
     assert watcher.summary is not None and watcher.summary.complete
     assert not (home / NOW).exists() and len(ended) == 2
     assert list(Watcher(home).follow(lambda: None)) == [last]
+
+
+def test_what_is_told_to_onlookers_never_ends_a_run_and_leaves_no_trace(tmp_path: Path) -> None:
+    (tmp_path / NOW).write_text("left by a run that was killed")
+    with telling(tmp_path):
+        pass  # refused before it began: the folder is as it was
+    assert (tmp_path / NOW).exists()
+    with telling(tmp_path) as tell:
+        tell(0, "mask", SITES)
+        assert json.loads((tmp_path / NOW).read_text()) == {"round": 0, "step": "mask", "asked": list(SITES)}
+    assert list(tmp_path.iterdir()) == []
+    with telling(tmp_path / "gone") as tell:
+        tell(0, "mask", SITES)
 
 
 def test_what_is_seen_has_no_figure_of_a_single_site(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def serving(page: Page) -> Iterator[str]:
         yield page.address
     finally:
         page.stop()
-        thread.join(30)
+        thread.join(120)
         assert not thread.is_alive()
 
 
@@ -47,7 +47,7 @@ def ask(address: str, method: str = "GET", **headers: str) -> tuple[int, dict[st
     """Status, headers and body."""
     place = urlsplit(address)
     assert place.hostname is not None
-    connection = http.client.HTTPConnection(place.hostname, place.port, timeout=30)
+    connection = http.client.HTTPConnection(place.hostname, place.port, timeout=120)
     try:
         connection.request(method, place.path, headers=headers)
         answer = connection.getresponse()
@@ -62,7 +62,7 @@ class Stream:
     def __init__(self, address: str) -> None:
         place = urlsplit(address)
         assert place.hostname is not None
-        self._connection = http.client.HTTPConnection(place.hostname, place.port, timeout=30)
+        self._connection = http.client.HTTPConnection(place.hostname, place.port, timeout=120)
         self._connection.request("GET", place.path + "events")
         self.answer = self._connection.getresponse()
 
@@ -211,7 +211,7 @@ def test_streams_end_with_the_server_and_browsers_that_left_do_not_hold_it(tmp_p
         stays = Stream(address)
         stays.until("standing", "Over")
         page.stop()
-        with pytest.raises(EOFError):
+        with pytest.raises((EOFError, http.client.HTTPException, ConnectionError)):  # in time, or cut
             while True:
                 stays.next()
         stays.close()
@@ -336,7 +336,7 @@ def test_a_browser_sees_every_round_as_it_ends_and_asks_nobody_else(tmp_path: Pa
     browser.requests.clear()
 
     def wait_for_the_page(report: RoundReport) -> None:
-        assert seen.acquire(timeout=60)
+        assert seen.acquire(timeout=300)
 
     def run() -> None:
         quick = ("rounds=3", "evaluation.local_steps=1", "privacy.noise_multiplier=4")
