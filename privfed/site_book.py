@@ -136,6 +136,10 @@ class SiteBook:
         recorded = (line.entry for line in self._ledger.entries(self.name) if line.entry.kind in ("charge", "reserve"))
         return any((entry.run, entry.round, entry.attempt) == attempt.key for entry in recorded)
 
+    def knows(self, run: str) -> bool:
+        """Whether a run has begun at this site."""
+        return any(line.entry.run == run for line in self._ledger.entries(self.name))
+
     def require_affordable(self, attempt: Attempt, charges: tuple[Charge, ...]) -> None:
         """Return if an attempt that is not in the ledger fits beside what is.
 

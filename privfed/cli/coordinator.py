@@ -19,6 +19,10 @@ Name = Annotated[str | None, typer.Argument(help="A run's name [default: the lat
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Block = Annotated[int, typer.Option("--block", min=1, help="Rounds in a job: a site that was away joins the next one.")]
 
+Join = Annotated[
+    int, typer.Option("--join-seconds", min=1, help="How long a job waits for sites to come before its first round.")
+]
+
 
 @app.command()
 def start(
@@ -72,6 +76,7 @@ def submit(
     home: Home,
     experiment: Annotated[Path, typer.Argument(help="A TOML file, as for privfed run.")],
     block: Block = 10,
+    join_seconds: Join = 30,
     json: Json = False,
 ) -> None:
     """Begin a run and do it to its end. Ended in between, it goes on with resume."""
@@ -83,13 +88,13 @@ def submit(
     papers.require_engine(consortium.terms.engine, "nvflare")
     made = runs.begin(consortium, config_io.load_config(experiment))
     typer.echo(f"run {made.path.name}", err=True)
-    _drive(home, made.path.name, block, json)
+    _drive(home, made.path.name, block, join_seconds, json)
 
 
 @app.command()
-def resume(home: Home, run: Name = None, block: Block = 10, json: Json = False) -> None:
+def resume(home: Home, run: Name = None, block: Block = 10, join_seconds: Join = 30, json: Json = False) -> None:
     """Go on with a run where its checkpoint stands."""
-    _drive(home, run, block, json)
+    _drive(home, run, block, join_seconds, json)
 
 
 @app.command("watch")
@@ -126,14 +131,14 @@ def stop(home: Home, run: Name = None) -> None:
     typer.echo(f"{found.path.name} ends after this round; privfed coordinator resume goes on")
 
 
-def _drive(home: Path, run: str | None, block: int, json: bool) -> None:
+def _drive(home: Path, run: str | None, block: int, join_seconds: int, json: bool) -> None:
     from privfed.deployment import papers, runs, submission
     from privfed.deployment.consortium import Consortium
 
     consortium = Consortium(home.absolute())
     papers.require_engine(consortium.terms.engine, "nvflare")
     found = runs.find(consortium, run)
-    summary = submission.drive(consortium, found, block=block, observer=_tell)
+    summary = submission.drive(consortium, found, block=block, join_seconds=join_seconds, observer=_tell)
     if json:
         typer.echo(summary.to_json())
     watch.finish(found.path, summary)

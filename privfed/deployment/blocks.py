@@ -39,7 +39,7 @@ from .consortium import LEDGER, Consortium
 from .files import DeploymentError
 from .runs import Plan
 
-JOIN_SECONDS = 30.0
+JOIN_SECONDS = 30
 _LOOK_SECONDS = 2.0  # who looks whether somebody is at work holds the folder for an instant
 _CLOSED = "policy.hours = "
 """How the reason of a site begins that takes part at other hours."""
@@ -51,13 +51,15 @@ class Block(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Args:
         run: a run's folder at the coordinator.
         rounds: at most so many.
+        join_seconds: how long the coordinator waits for sites to come.
     """
 
     run: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
     rounds: Annotated[int, Meta(ge=1, le=100_000)]
+    join_seconds: Annotated[int, Meta(ge=1, le=86_400)] = JOIN_SECONDS
 
     def to_text(self) -> str:
-        return f'run = "{self.run}"\nrounds = {self.rounds}\n'
+        return f'run = "{self.run}"\nrounds = {self.rounds}\njoin_seconds = {self.join_seconds}\n'
 
 
 def do_block(consortium: Consortium, block: Block, engine: Engine, present: Callable[[set[str]], set[str]]) -> bool:

@@ -50,7 +50,8 @@ class DurableSite:
 
     Guarantees:
         Whatever `Site` guarantees, also over restarts of its process. The same question for figures gets the same
-        answer, and no second one about a round is answered: a restart is no new chance to ask.
+        answer, and no second one about a round is answered: a restart is no new chance to ask. A run whose states were
+        lost is not gone on with.
     """
 
     def __init__(self, site: Site, key_holder: KeyHolder, states: Path, *, data: Table, task: Target) -> None:
@@ -137,7 +138,11 @@ class DurableSite:
         """Have the states in place that the plan's round begins with; or the reason why that can not be."""
         if self._facts is None:
             self._name = _name(plan.run)
-            self._facts = self._read_facts() or _Facts(plan.run, -1)
+            found = self._read_facts()
+            if found is None and self.site.book.knows(plan.run):
+                # With its old states gone a round done again would be another update under the same noise
+                return f"{self.site.name} has lost its working memory of this run: begin a new run"
+            self._facts = found or _Facts(plan.run, -1)
             # The round that was under way is done again as it began; a later one begins after it
             self._restore("before" if plan.round == self._facts.round else "after")
         if self._facts.run != plan.run:

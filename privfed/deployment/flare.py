@@ -16,6 +16,7 @@ from .blocks import JOIN_SECONDS, Block, do_block
 from .consortium import LAST, Consortium
 from .hospital import Hospital
 from .inspection import Inspector, Order
+from .signed import SignedHandler, SigningEngine, coordinator_key
 
 LEAVE_SECONDS = 20.0
 """How long an earlier job of the same site may take to end."""
@@ -29,17 +30,18 @@ class CoordinatorController(ExchangeController):
     def coordinate(self, engine: FlareEngine, job: str, local: Path) -> None:
         home = kits.owner_of(local)
 
-        def present(sites: set[str]) -> set[str]:
-            return engine.wait_for(sites, JOIN_SECONDS)
-
         if (order := _preflight(job)) is not None:
             with suppress(EngineStopped):
-                preflight.answer(Consortium(home), order, engine, present)
+                consortium = Consortium(home)
+                signing = SigningEngine(engine, consortium.terms, coordinator_key(home))
+                preflight.answer(consortium, order, signing, lambda sites: engine.wait_for(sites, JOIN_SECONDS))
             return
         note(home, "")
         try:
             block = files.parse_toml(job.encode(), Block, "the job")
-            do_block(Consortium(home), block, engine, present)
+            consortium = Consortium(home)
+            signing = SigningEngine(engine, consortium.terms, coordinator_key(home))
+            do_block(consortium, block, signing, lambda sites: engine.wait_for(sites, block.join_seconds))
         except EngineStopped:
             logger.info("the block was ended")
         except PrivfedError as error:
@@ -58,9 +60,11 @@ class SiteExecutor(ExchangeExecutor):
         self._open = ExitStack()
         try:
             home = kits.owner_of(local)
+            hospital = _own(home, site)
             if _preflight(job) is not None:
-                return Inspector(lambda: _own(home, site))
-            return self._open.enter_context(_own(home, site).opened(wait_seconds=LEAVE_SECONDS))
+                return SignedHandler(Inspector(lambda: _own(home, site)), hospital.terms, site)
+            opened = self._open.enter_context(hospital.opened(wait_seconds=LEAVE_SECONDS))
+            return SignedHandler(opened, hospital.terms, site)
         except Exception as error:  # the others go on without this site, and its people find out why
             self._open.close()
             # It may name local files: they stay in this log

@@ -11,7 +11,7 @@ from privfed.folder import LOCK, RunFolder, held
 from privfed.summary import Summary
 
 from . import files, jobs, runs
-from .blocks import Block
+from .blocks import JOIN_SECONDS, Block
 from .consortium import ADMIN, JOB, LAST, Consortium
 from .files import DeploymentError
 
@@ -30,11 +30,14 @@ def drive(
     home: RunFolder,
     *,
     block: int = BLOCK,
+    join_seconds: int = JOIN_SECONDS,
     observer: Callable[[RoundReport], None] | None = None,
 ) -> Summary:
     """Submit blocks until the run is over.
 
     Args:
+        block: rounds in a job.
+        join_seconds: how long each block waits for sites to come.
         observer: called with every round's report, those done before included.
 
     Raises:
@@ -42,11 +45,11 @@ def drive(
         DeploymentError: the server does not answer, or another command drives this run.
     """
     with files.locked(home.path / runs.DRIVER, f"{home.path}, as privfed coordinator submit or resume", _LOOK_SECONDS):
-        return _drive(consortium, home, block, observer)
+        return _drive(consortium, home, Block(home.path.name, block, join_seconds), observer)
 
 
 def _drive(
-    consortium: Consortium, home: RunFolder, block: int, observer: Callable[[RoundReport], None] | None
+    consortium: Consortium, home: RunFolder, block: Block, observer: Callable[[RoundReport], None] | None
 ) -> Summary:
     seen = idle = 0
 
@@ -89,14 +92,14 @@ def connect(consortium: Consortium, seconds: float = _SERVER_SECONDS) -> Any:
     return session
 
 
-def _one_block(consortium: Consortium, home: RunFolder, session: Any, block: int, tell: Callable[[], int]) -> Any:
+def _one_block(consortium: Consortium, home: RunFolder, session: Any, block: Block, tell: Callable[[], int]) -> Any:
     """Have one job done, or the one that is under way; the session, a new one if the server was lost."""
     under_way = home.path / "job.txt"
     job = under_way.read_text().strip() if under_way.exists() else ""
     if not job or not _works(home):
         folder = consortium.home / JOB
         fewest = 2  # FLARE's business is to have a job at all; who is needed for a sum is ours
-        jobs.write_job(folder, Block(home.path.name, block).to_text(), sites=fewest)
+        jobs.write_job(folder, block.to_text(), sites=fewest)
         job = session.submit_job(str(folder))
         files.write(under_way, job.encode())
     last_sign = time.monotonic()
@@ -119,7 +122,8 @@ def _one_block(consortium: Consortium, home: RunFolder, session: Any, block: int
             continue
         if jobs.is_over(status) or (began and _reason(consortium)):
             break
-        if status.startswith("RUNNING") and time.monotonic() - last_sign > (_IDLE_SECONDS if began else _START_SECONDS):
+        quiet = _IDLE_SECONDS if began else max(_START_SECONDS, block.join_seconds)
+        if status.startswith("RUNNING") and time.monotonic() - last_sign > quiet:
             with suppress(Exception):
                 session.abort_job(job)
             break

@@ -19,18 +19,25 @@ from typing import Any
 
 from nvflare.apis.event_type import EventType
 from nvflare.apis.executor import Executor
-from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.fl_constant import ReservedTopic, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.impl.controller import Controller
 from nvflare.apis.job_launcher_spec import JobHandleSpec, JobReturnCode
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 from nvflare.app_common.job_launcher.client_process_launcher import ClientProcessJobLauncher
-from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey
+from nvflare.fuel.f3.cellnet.defs import CellChannel, CellChannelTopic, MessageHeaderKey, MessageType
 from nvflare.fuel.f3.cellnet.defs import ReturnCode as CellCode
 from nvflare.fuel.f3.cellnet.fqcn import FQCN
 from nvflare.fuel.f3.cellnet.utils import make_reply as make_cell_reply
-from nvflare.private.defs import SysCommandTopic, TrainingTopic
+from nvflare.fuel.f3.streaming.stream_const import (
+    STREAM_ACK_TOPIC,
+    STREAM_CHANNEL,
+    STREAM_DATA_TOPIC,
+    STREAM_ERROR_TOPIC,
+    StreamHeaderKey,
+)
+from nvflare.private.defs import TrainingTopic
 
 from ..errors import PrivfedError
 from .contract import Handler
@@ -48,13 +55,30 @@ starting when the server's ended, and the next one needs the folder."""
 SILENCE_SECONDS = 30.0
 """A site that has said nothing for so long is gone: nobody waits for it until the deadline."""
 
-_NOT_OBEYED = (
-    SysCommandTopic.SHELL,
-    SysCommandTopic.REPORT_ENV,
-    SysCommandTopic.CONFIGURE_SITE_LOG,
-    TrainingTopic.CONFIGURE_JOB_LOG,
+_OBEYED = frozenset(
+    {
+        TrainingTopic.CHECK_RESOURCE,
+        TrainingTopic.CANCEL_RESOURCE,
+        TrainingTopic.DEPLOY,
+        TrainingTopic.START_JOB,
+        TrainingTopic.ABORT,
+        TrainingTopic.NOTIFY_JOB_STATUS,
+    }
 )
-"""A server's orders that a site does not know: FLARE looks into the site's permissions only where the order says so."""
+"""What a site's service does for whoever speaks as the server, or is its own job: take a job, start it, end it. FLARE
+looks into the site's permissions only where an order itself says so: all that is not named here the site does not know.
+"""
+
+_HEARD_BY_SERVICE = frozenset({(CellChannel.CLIENT_MAIN, "admin"), (CellChannel.CELLNET, CellChannelTopic.Bye)})
+_HEARD_BY_JOB = frozenset(
+    {
+        (CellChannel.AUX_COMMUNICATION, TOPIC),
+        (CellChannel.AUX_COMMUNICATION, ReservedTopic.END_RUN),
+        (CellChannel.RETURN_ONLY, "*"),  # replies too long for one message
+        (CellChannel.CELLNET, CellChannelTopic.Bye),
+    }
+)
+"""Channels and topics on which a request of the server is heard, each by one process of a site."""
 
 Send = Callable[[str, bytes, float], bytes | None]
 
@@ -229,7 +253,7 @@ class ExchangeExecutor(Executor):  # type: ignore[misc]
 
     Guarantees:
         No other site is heard: FLARE's server carries messages from site to site, and whoever speaks to a handler
-        speaks as the coordinator.
+        speaks as the coordinator. Of the server's own requests the job hears the exchange, and that the job is over.
     """
 
     _handler: Handler | None = None
@@ -249,7 +273,7 @@ class ExchangeExecutor(Executor):  # type: ignore[misc]
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type == EventType.START_RUN:
             self._over, self._one = threading.Event(), threading.Lock()
-            _hear_the_server_alone(fl_ctx.get_engine().get_cell())
+            _hear_the_server_alone(fl_ctx.get_engine().get_cell(), _HEARD_BY_JOB)
             self._handler = self.open_handler(fl_ctx.get_identity_name(), _job_file(fl_ctx), _local(fl_ctx))
             fl_ctx.get_engine().register_aux_message_handler(TOPIC, self._answer)
             threading.Thread(target=self._beat, args=(fl_ctx.get_engine(),), daemon=True).start()
@@ -309,8 +333,8 @@ class RespawningLauncher(ClientProcessJobLauncher):  # type: ignore[misc]
             once more: what a job asks for and a site refuses, it refuses again.
 
     Guarantees:
-        The site's process obeys no shell command, tells no path and changes no log for the server; other sites are
-        not heard.
+        The site's process takes a job, starts it and ends it, and does nothing else for the server: no shell command,
+        no path told, no log changed, no run deleted, no service ended, no connection moved. Other sites are not heard.
     """
 
     def __init__(self, tries: int = 10) -> None:
@@ -321,9 +345,9 @@ class RespawningLauncher(ClientProcessJobLauncher):  # type: ignore[misc]
         """Also closes what FLARE leaves open in the process that waits for jobs,"""
         agent = getattr(fl_ctx.get_engine(), "admin_agent", None)
         if event_type == EventType.SYSTEM_START and agent is not None:  # no job process has one
-            _hear_the_server_alone(fl_ctx.get_engine().get_cell())
-            for topic in _NOT_OBEYED:
-                agent.processors.pop(topic, None)
+            _hear_the_server_alone(fl_ctx.get_engine().get_cell(), _HEARD_BY_SERVICE)
+            for topic in agent.processors.keys() - _OBEYED:
+                del agent.processors[topic]
         super().handle_event(event_type, fl_ctx)
 
     def launch_job(self, job_meta: dict[str, Any], fl_ctx: FLContext) -> JobHandleSpec:
@@ -364,21 +388,45 @@ class _Respawning(JobHandleSpec):  # type: ignore[misc]
         self.process.terminate()
 
 
-def _hear_the_server_alone(cell: Any) -> None:
-    """Have a job process drop what another site sends it, on whatever channel.
+def _hear_the_server_alone(cell: Any, heard: frozenset[tuple[str, str]]) -> None:
+    """Have a process drop what another site sends it, on whatever channel, and what the server has no business to ask.
 
     Whose a message is, its origin says; the server passes no other on than that of the token it comes with.
+
+    Args:
+        heard: channels and topics on which the server may ask; the site's own processes may on all, and replies are
+            those to what the site has asked.
     """
     own = FQCN.split(cell.get_fqcn())[0]
 
     def check(message: Any) -> Any:
         origin = FQCN.split(message.get_header(MessageHeaderKey.ORIGIN))[0]
-        if origin in (FQCN.ROOT_SERVER, own):
+        if origin == own:
             return None
-        logger.warning("a message of %r was dropped: sites have nothing to say to each other", origin)
-        return make_cell_reply(CellCode.UNAUTHENTICATED, "not from the server")
+        if origin != FQCN.ROOT_SERVER:
+            logger.warning("a message of %r was dropped: sites have nothing to say to each other", origin)
+            return make_cell_reply(CellCode.UNAUTHENTICATED, "not from the server")
+        if message.get_header(MessageHeaderKey.MSG_TYPE) != MessageType.REQ:
+            return None
+        if message.get_header(MessageHeaderKey.DESTINATION) != cell.get_fqcn():
+            return None  # the service hands on to its job, which looks for itself
+        if _is_heard(message, heard):
+            return None
+        channel, topic = (message.get_header(key) for key in (MessageHeaderKey.CHANNEL, MessageHeaderKey.TOPIC))
+        logger.warning("an order of the server was dropped: %r on channel %r", topic, channel)
+        return make_cell_reply(CellCode.INVALID_REQUEST, "a site does not know this order")
 
     cell.core_cell.add_incoming_filter("*", "*", check)
+
+
+def _is_heard(message: Any, heard: frozenset[tuple[str, str]]) -> bool:
+    channel, topic = (message.get_header(key) for key in (MessageHeaderKey.CHANNEL, MessageHeaderKey.TOPIC))
+    if channel == STREAM_CHANNEL:
+        if topic != STREAM_DATA_TOPIC:
+            return topic in (STREAM_ACK_TOPIC, STREAM_ERROR_TOPIC)  # how far a stream of this site's came
+        # A piece of a longer message: every piece says whose callback it is for
+        channel, topic = (message.get_header(key) for key in (StreamHeaderKey.CHANNEL, StreamHeaderKey.TOPIC))
+    return (channel, topic) in heard or (channel, "*") in heard
 
 
 def _job_file(fl_ctx: FLContext) -> str:

@@ -24,9 +24,9 @@ from tests.privfed.ports import free_port
 class Loopback:
     """A consortium whose parts can be started, killed and started again."""
 
-    def __init__(self, home: Path, config: Config, *, policy: Policy = house.OPEN) -> None:
+    def __init__(self, home: Path, config: Config, *, policy: Policy = house.OPEN, study: bool = True) -> None:
         with quick_certificates():
-            self.consortium: Consortium = house.found(home, config, port=free_port(), policy=policy)
+            self.consortium: Consortium = house.found(home, config, port=free_port(), policy=policy, study=study)
         self.home, self.sites = home, tuple(config.data.files)  # type: ignore[union-attr]
         self.parties: dict[str, Party] = {}
 
@@ -84,8 +84,9 @@ class Loopback:
     def session(self) -> "_Session":
         return _Session(self.consortium.home / ADMIN)
 
-    def submit(self, path: Path, *, block: int = 10) -> "subprocess.Popen[bytes]":
-        return self.command("coordinator", "submit", self.consortium.home, path, "--block", block, "--json")
+    def submit(self, path: Path, *, block: int = 10, join_seconds: int = 30) -> "subprocess.Popen[bytes]":
+        waits = ("--block", block, "--join-seconds", join_seconds)
+        return self.command("coordinator", "submit", self.consortium.home, path, *waits, "--json")
 
     def command(self, *words: Any) -> "subprocess.Popen[bytes]":
         """``privfed …``, in a process of its own."""

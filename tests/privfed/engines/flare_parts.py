@@ -7,6 +7,8 @@ from typing import Any
 
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
+from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
+from nvflare.fuel.f3.cellnet.fqcn import FQCN
 from nvflare.private.admin_defs import Message
 from nvflare.private.defs import CellChannel, new_cell_message
 
@@ -28,11 +30,16 @@ class RemoteControlled(ExchangeController):
                 result = self._ordered(*arguments) if method == "order" else getattr(engine, method)(*arguments)
                 connection.send(dict(result) if method == "exchange" else result)
 
-    def _ordered(self, site: str, topic: str, body: str) -> str:
-        """What a site's own process, not its job, says to an order of its administration's kind."""
-        order = new_cell_message({}, Message(topic=topic, body=body))
-        reply = self._engine.get_cell().send_request(CellChannel.CLIENT_MAIN, topic, site, order, timeout=120.0)
-        return str(reply.payload.body)
+    def _ordered(self, site: str, topic: str, body: str, channel: str, job: bool) -> str:
+        """What a site's service, or its job, says to an order; "" if it does not hear it."""
+        administration = channel == CellChannel.CLIENT_MAIN
+        order = new_cell_message({}, Message(topic=topic, body=body) if administration else body)
+        name, cell = "admin" if administration else topic, self._engine.get_cell()
+        target = f"{site}.{FQCN.split(cell.get_fqcn())[-1]}" if job else site
+        reply = cell.send_request(channel, name, target, order, timeout=120.0 if administration else 2.0)
+        if reply.get_header(MessageHeaderKey.RETURN_CODE) == ReturnCode.TIMEOUT:
+            return ""
+        return str(getattr(reply.payload, "body", reply.payload))
 
 
 class Echoing(ExchangeExecutor):

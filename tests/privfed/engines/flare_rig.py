@@ -156,8 +156,8 @@ class Rig:
         found: dict[str, bytes] = self._call("exchange", dict(requests), deadline_seconds)
         return found
 
-    def order(self, site: str, topic: str, body: str) -> str:
-        return str(self._call("order", site, topic, body))
+    def order(self, site: str, topic: str, body: str, *, channel: str = "admin", job: bool = False) -> str:
+        return str(self._call("order", site, topic, body, channel, job))
 
     def wait_for(self, sites: set[str]) -> None:
         assert self._call("wait_for", sites, 240.0) == sites

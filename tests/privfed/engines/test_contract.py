@@ -127,12 +127,36 @@ def test_a_site_answers_the_coordinator_alone(rig: Rig) -> None:
         ("sys.report_env", ""),
         ("sys.configure_site_log", "DEBUG"),
         ("train.configure_job_log", "DEBUG"),
+        ("train.delete_run", ""),
+        ("train.shutdown", ""),
+        ("train.restart", ""),
+        ("train.check_status", ""),
+        ("sys.info", ""),
+        ("info.show_stats", ""),
+        ("resource_manager.report_resources", ""),
     ],
 )
 def test_a_server_that_asks_for_no_permission_gets_nothing_of_a_sites_machine(rig: Rig, topic: str, body: str) -> None:
     of_flare(rig)
     said = rig.order("south", topic, body)  # type: ignore[attr-defined]  # FLARE's rig
     assert said == "invalid_request"
+    assert rig.exchange({"south": b"name"}, LONG) == {"south": b"south"}
+
+
+@pytest.mark.parametrize("job", [False, True], ids=["service", "job"])
+@pytest.mark.parametrize(
+    ("channel", "topic"),
+    [
+        ("_net_manager", "process_info"),
+        ("_net_manager", "config_vars"),
+        ("client_command", "show_stats"),
+        ("aux_communication", "__do_task__"),
+        ("aux_communication", "fed.event"),
+    ],
+)
+def test_a_site_hears_no_order_of_the_server_that_no_round_needs(rig: Rig, channel: str, topic: str, job: bool) -> None:
+    separate(rig)
+    assert rig.order("south", topic, "", channel=channel, job=job) == ""  # type: ignore[attr-defined]
     assert rig.exchange({"south": b"name"}, LONG) == {"south": b"south"}
 
 

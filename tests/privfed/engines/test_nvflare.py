@@ -53,7 +53,9 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> Any:
     """() → a site in a job, and its engine."""
     monkeypatch.setattr(flare, "_job_file", lambda context: "")
     monkeypatch.setattr(flare, "_local", lambda context: Path())
-    monkeypatch.setattr(flare, "_hear_the_server_alone", lambda cell: None)  # whom it hears is tested over processes
+    monkeypatch.setattr(
+        flare, "_hear_the_server_alone", lambda cell, heard: None
+    )  # whom it hears is tested over processes
     monkeypatch.setattr(flare, "BEAT_SECONDS", 0.01)
 
     def begin() -> tuple[Site, Silence, Any]:
@@ -63,6 +65,29 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> Any:
         return site, engine, context
 
     return begin
+
+
+def test_of_all_orders_that_flare_knows_a_site_obeys_those_of_a_jobs_life_and_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also of those that a later FLARE adds."""
+    from nvflare.private.fed.client.client_req_processors import ClientRequestProcessors
+
+    monkeypatch.setattr(flare, "_hear_the_server_alone", lambda cell, heard: None)
+    known = {topic: one for one in ClientRequestProcessors.request_processors for topic in one.get_topics()}
+    agent = SimpleNamespace(processors={**known, "sys.of_a_later_version": object()})
+    engine = SimpleNamespace(admin_agent=agent, get_cell=lambda: None)
+    context = SimpleNamespace(get_engine=lambda: engine, get_prop=lambda *given: None)
+    assert len(known) > 20
+    flare.RespawningLauncher().handle_event(EventType.SYSTEM_START, context)
+    assert sorted(agent.processors) == [
+        "scheduler.cancel_resource",
+        "scheduler.check_resource",
+        "train.abort",
+        "train.deploy",
+        "train.notify_job_status",
+        "train.start_job",
+    ]
 
 
 def test_a_job_that_its_server_forgot_gives_the_folder_back_and_answers_no_more(
