@@ -13,7 +13,7 @@ import os
 import secrets
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -337,6 +337,16 @@ class Ledger:
             if type(body) is not bytes:  # SQLite stores what it is given, whatever the column says
                 raise LedgerCorrupt(self.path, "it is not a byte string", f"signed word {number}")
         return tuple(body for _, body in rows)
+
+    def copy(self, path: Path) -> None:
+        """A copy of the whole file at a new ``path``, as it stands at one instant, whoever writes to it meanwhile.
+
+        Raises:
+            PrivacyError, LedgerCorrupt: it can not be made.
+        """
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        with self._explained(), closing(sqlite3.connect(path)) as other:
+            self._connection.backup(other)
 
     def verify(self) -> None:
         """Reads everything again and recomputes every hash, sequence number and canonical form.

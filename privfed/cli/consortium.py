@@ -93,6 +93,7 @@ def approve(
     fingerprint: Annotated[
         str | None, typer.Option("--fingerprint", help="What the site read out; asked for if not given.")
     ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="The site is known, and changes its keys.")] = False,
     json: Json = False,
 ) -> None:
     """Take a site in whose fingerprint you heard from a person that you know."""
@@ -108,7 +109,7 @@ def approve(
             f"the request of {applicant.name!r} has the fingerprint {applicant.fingerprint}: it is not from who you "
             "spoke to. Nothing was signed"
         )
-    Consortium(home).approve(body)
+    Consortium(home).approve(body, replace=replace)
     if json:
         print_json({"name": applicant.name, "fingerprint": applicant.fingerprint})
     else:
@@ -171,6 +172,21 @@ def node(
 
     Consortium(home.absolute()).set_node(name, number)
     typer.echo(f"{name} is node {number}.")
+
+
+@app.command("account")
+def account_of(
+    home: Home,
+    name: Annotated[str, typer.Argument(help="The site.")],
+    out: Annotated[Path | None, typer.Option("--out", help="A file [default: NAME.account]")] = None,
+) -> None:
+    """Write what you know of a site's spends: its own signed words, and the runs. For a site that restored a backup."""
+    from privfed.deployment import account, files
+    from privfed.deployment.consortium import Consortium
+
+    path = out or Path(f"{name}.account")
+    files.write(path, account.account(Consortium(home.absolute()), name))
+    typer.echo(f"Send {path} to {name}; it types: privfed site catch-up FOLDER FILE")
 
 
 def _engine(name: str) -> "EngineName":

@@ -49,6 +49,7 @@ def start(home: Home) -> None:
     hospital = Hospital.open(home)
     papers.require_engine(hospital.file.engine, "nvflare")
     _ = hospital.policy, hospital.roster, hospital.identity  # refused now, not when the first job comes
+    hospital.require_current()
     kits.harden(hospital.home / KIT, "site", hospital.home)  # whatever was done to it since
     processes.become(
         processes.client_command(hospital.home / KIT, site=hospital.file.name, organisation=hospital.file.organisation)
@@ -72,6 +73,7 @@ def serve(
     hospital = Hospital.open(home)
     papers.require_engine(hospital.file.engine, "flower")
     _ = hospital.policy, hospital.roster, hospital.identity  # refused now, not when the first message comes
+    hospital.require_current()
     torch.set_num_threads(1)
     os.umask(0o077)
     typer.echo(f"{hospital.file.name} answers at {socket}", err=True)
@@ -79,12 +81,22 @@ def serve(
 
 
 @app.command()
-def status(home: Home, json: Json = False) -> None:
+def status(
+    home: Home,
+    check: Annotated[
+        bool, typer.Option("--check", help="Fail if the site can not take part: for whoever supervises it.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """What this site was asked, what it agreed to, and what it has spent."""
     from privfed.deployment.hospital import Hospital
     from privfed.deployment.site_status import read
 
-    found = read(Hospital.open(home))
+    hospital = Hospital.open(home)
+    found = read(hospital)
+    if check:
+        _ = hospital.identity
+        hospital.require_current()
     if json:
         print_json(found)
         return
@@ -105,6 +117,78 @@ def roster(home: Home, file: Annotated[Path, typer.Argument(help="A signed roste
 
     made = Hospital.open(home).accept_roster(files.read(file))
     typer.echo(f"Accepted roster {made.version}: {', '.join(member.name for member in made.members)}")
+
+
+@app.command()
+def rotate(
+    home: Home,
+    contact: Annotated[str, typer.Option("--contact", help="Whom the coordinator calls.")],
+    json: Json = False,
+) -> None:
+    """Make new keys and a request for them. The old ones stay in use until `renew`."""
+    from privfed.deployment import papers
+    from privfed.deployment.hospital import NEXT, Hospital
+
+    hospital = Hospital.open(home)
+    mark = papers.read_application(hospital.rotate(contact=contact))[0].fingerprint
+    path = home / NEXT / f"{hospital.file.name}.request"
+    if json:
+        print_json({"request": str(path), "fingerprint": mark})
+        return
+    typer.echo(f"Send {path} to the coordinator, and read this to them on the telephone:\n\n  {mark}")
+
+
+@app.command()
+def renew(
+    home: Home, kit: Annotated[Path, typer.Option("--kit", help="What the coordinator sent back for the new keys.")]
+) -> None:
+    """Go over to the new keys, and delete the old ones. Stop the service before, and start it after."""
+    from privfed.deployment import files
+    from privfed.deployment.hospital import Hospital
+
+    made = Hospital.open(home).renew(files.read(kit))
+    typer.echo(f"The new keys are in use, with roster {made.version}. Start the site: privfed site start {home}")
+
+
+@app.command()
+def backup(home: Home, out: Annotated[Path, typer.Argument(help="A new file. It will hold secrets.")]) -> None:
+    """Write the site's keys, certificate, policy and ledger to one file. The site may be at work."""
+    from privfed.deployment import backup
+    from privfed.deployment.hospital import Hospital
+
+    made = backup.make(Hospital.open(home), out)
+    typer.echo(
+        f"{out} holds {made.site} with {made.sequence} ledger entries, and its private keys: keep it locked away"
+    )
+
+
+@app.command()
+def restore(
+    home: Annotated[Path, typer.Argument(help="The site's folder, or a new one.")],
+    file: Annotated[Path, typer.Argument(help="A backup.")],
+) -> None:
+    """Put a backup back. The site takes part again after `catch-up`: the ledger may lack what was spent since."""
+    from privfed.deployment import backup, files
+
+    made = backup.restore(home, files.read(file))
+    typer.echo(
+        f"{made.site} stands as of {made.made}, with {made.sequence} entries in its ledger. What was spent since "
+        "is not in it, so the site takes part in nothing yet. Have the coordinator send an account "
+        "(privfed consortium account); then:\n"
+        f"  privfed site catch-up {home} FILE"
+    )
+
+
+@app.command("catch-up")
+def catch_up(home: Home, file: Annotated[Path, typer.Argument(help="The coordinator's account of this site.")]) -> None:
+    """After a restore: charge what the ledger may lack, at its worst. Then the site takes part again."""
+    from privfed.deployment import account, files
+    from privfed.deployment.hospital import Hospital
+
+    done = account.catch_up(Hospital.open(home), files.read(file))
+    for run in done.charged:
+        typer.echo(f"charged for all its rounds: {run}")
+    typer.echo(f"spent: ε = {done.epsilon:.4g} at δ = {done.delta:g}, all runs together")
 
 
 @policy.command("check")

@@ -100,11 +100,14 @@ class Consortium:
         kits.harden(home / SERVER, "server", home)
         return consortium
 
-    def approve(self, request: bytes) -> Applicant:
+    def approve(self, request: bytes, *, replace: bool = False) -> Applicant:
         """Take a site in: sign its certificate and remember its keys. The next roster has it.
 
+        Args:
+            replace: a known site changes its keys; if it was suspended, it no longer is.
+
         Raises:
-            DeploymentError: the request does not hold, or the name is taken by other keys.
+            DeploymentError: the request does not hold, the name is taken by other keys, or these keys were replaced.
         """
         applicant, flare_request = papers.read_application(request)
         if applicant.name in (COORDINATOR, self.terms.host):
@@ -114,13 +117,19 @@ class Consortium:
                 f"the site asked to take part over another engine: let it ask again, with --engine {self.terms.engine}"
             )
         path = self.home / MEMBERS / f"{applicant.name}.json"
-        if path.exists() and msgspec.json.decode(files.read(path), type=Applicant) != applicant:
+        known = msgspec.json.decode(files.read(path), type=Applicant) if path.exists() else None
+        if known is not None and known != applicant and not replace:
             raise DeploymentError(
-                f"there is a site {applicant.name!r} with other keys: suspend it, or take another name"
+                f"there is a site {applicant.name!r} with other keys: if it changes its keys, say --replace; else "
+                "suspend it, or take another name"
             )
+        if known is not None and known.member != applicant.member and self._stood_in_a_roster(applicant):
+            raise DeploymentError(f"{applicant.name!r} has had these keys and replaced them: they do not come back")
         if self.terms.engine == "nvflare":
             self._certify(applicant.name, flare_request)
         files.write(path, msgspec.json.format(msgspec.json.encode(applicant), indent=1))
+        if replace:
+            files.write(self.home / SUSPENDED, msgspec.json.encode([*(set(self.suspended) - {applicant.name})]))
         return applicant
 
     def _certify(self, name: str, flare_request: bytes) -> None:
@@ -151,6 +160,17 @@ class Consortium:
         if node in others.values():
             raise DeploymentError(f"node {node} is another site's: each has one of its own")
         files.write(self.home / NODES, msgspec.json.encode({**others, name: node}))
+
+    def _stood_in_a_roster(self, applicant: Applicant) -> bool:
+        """Whether one of these keys stood in any roster so far."""
+        authority, asked = bytes.fromhex(self.terms.authority), applicant.member
+        rosters = (
+            load_roster(files.read(path), authority) for path in (self.home / ROSTERS).glob(f"*.{papers.ROSTER}")
+        )
+        stood = {
+            key for roster in rosters for member in roster.members for key in (member.secagg_key, member.ledger_key)
+        }
+        return not stood.isdisjoint((asked.secagg_key, asked.ledger_key))
 
     @property
     def members(self) -> tuple[Applicant, ...]:

@@ -28,7 +28,7 @@ from .durable import DurableSite
 from .files import DeploymentError
 from .papers import EngineName, Hex32, Name, Terms
 
-SITE, POLICY, KEYS, KIT, REQUEST, LEDGER, JOURNAL, STATES, LOCK = (
+SITE, POLICY, KEYS, KIT, REQUEST, LEDGER, JOURNAL, STATES, LOCK, RESTORED = (
     "site.toml",
     "policy.toml",
     "keys.json",
@@ -38,7 +38,10 @@ SITE, POLICY, KEYS, KIT, REQUEST, LEDGER, JOURNAL, STATES, LOCK = (
     "journal.db",
     "states",
     ".lock",
+    "restored.json",
 )
+NEXT = "next"
+"""A folder in a site's: the keys that it means to have, until they stand in a roster that it accepts."""
 
 Strict = Policy(
     max_epsilon=4.0,
@@ -80,9 +83,26 @@ class SiteFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     study: Study | None = None
 
 
+class Restored(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """restored.json: the ledger is a backup's, and may lack what was spent since.
+
+    Args:
+        ledger: its id.
+        sequence, head: its last entry, and that entry's hash in hex.
+        made, restored: when the backup was made, and put back; UTC, ISO 8601.
+    """
+
+    ledger: str
+    sequence: int
+    head: str
+    made: str
+    restored: str
+
+
 class _Keys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     secagg: Hex32
     ledger: Hex32
+    former: tuple[Hex32, ...] = ()  # public ledger keys that this site had before: they signed its earlier words
 
 
 def given_policy(path: Path) -> Policy:
@@ -129,19 +149,60 @@ class Hospital:
             raise DeploymentError(f"{home} is not empty: nothing was changed; give a new folder")
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         home = home.absolute()
-        identity = Identity.generate(name)
-        secret = _Keys(identity.secagg_private.hex(), identity.ledger_private.hex())
-        files.write(home / KEYS, msgspec.json.encode(secret), private=True)
         site = SiteFile(name=name, organisation=organisation, engine=engine)
         files.write_toml(home / SITE, site, comment="A site of a privfed consortium. Yours alone.")
         files.parse_toml(files.read(home / SITE), SiteFile, home / SITE)
-        asked = b""
-        if engine == "nvflare":
-            org = kits.flare_name(organisation)
-            asked = files.read(kits.request(home / REQUEST, consortium, name=name, type="client", org=org))
-        body = papers.application(identity, organisation=organisation, contact=contact, flare_request=asked)
+        body = _ask(home, site, consortium=consortium, contact=contact)
         files.write(home / f"{name}.request", body)
         return body
+
+    def rotate(self, *, contact: str) -> bytes:
+        """Make new keys beside the ones in use, and the request for them. Nothing changes until `renew`.
+
+        Raises:
+            DeploymentError: that was done before and its kit has not come.
+        """
+        if self.file.engine == "nvflare":
+            kits.require_flare()
+        place = self.home / NEXT
+        if place.exists():
+            raise DeploymentError(
+                f"{place} has new keys already: send its {self.file.name}.request, or delete the folder and begin anew"
+            )
+        old = self._keys
+        former = (*old.former, self.identity.member.ledger_key.hex())
+        place.mkdir(mode=0o700)
+        body = _ask(place, self.file, consortium=self.terms.name, contact=contact, former=former)
+        files.write(place / f"{self.file.name}.request", body)
+        return body
+
+    def renew(self, kit: bytes) -> Roster:
+        """Go over to the keys of `rotate`, with the kit that came for them. The old ones are deleted.
+
+        Raises:
+            DeploymentError: the kit is not of this consortium's authority, or its roster does not follow the accepted
+                one, or does not have the new keys. The old ones stay in use.
+        """
+        place, name = self.home / NEXT, self.file.name
+        if not (place / KEYS).exists():
+            raise DeploymentError(f"{self.home} has no new keys: privfed site rotate {self.home}")
+        parts, authority = self._unpacked(kit), bytes.fromhex(self.terms.authority)
+        papers.check_terms(parts[papers.TERMS], parts[papers.SIGNATURE], authority)
+        if parts[papers.TERMS] != files.read(self.home / papers.TERMS):
+            raise DeploymentError("the kit has other terms than this site agreed to: call the coordinator")
+        new = _identity(place / KEYS, name)
+        with files.locked(self.home / LOCK, str(self.home)):
+            roster = self._accept(parts[papers.ROSTER], authority, new)
+            # The keys last: cut short anywhere before, the same command does it all again
+            if self.file.engine == "nvflare":
+                self._package(place, parts[papers.CERTIFICATE], self.terms.ca)
+                for folder in (f"{KIT}/startup", REQUEST):
+                    shutil.rmtree(self.home / folder, ignore_errors=True)
+                    shutil.copytree(place / folder, self.home / folder)
+            files.write(self.home / papers.ROSTER, parts[papers.ROSTER])
+            files.write(self.home / KEYS, files.read(place / KEYS, private=True), private=True)
+            shutil.rmtree(place)
+        return roster
 
     @classmethod
     def open(cls, home: Path) -> "Hospital":
@@ -160,8 +221,7 @@ class Hospital:
         Raises:
             DeploymentError: something does not hold; nothing is installed.
         """
-        own = (papers.CERTIFICATE,) if self.file.engine == "nvflare" else ()
-        parts = papers.unpack(kit, (*own, papers.ROSTER, papers.TERMS, papers.SIGNATURE))
+        parts = self._unpacked(kit)
         terms = files.parse_toml(parts[papers.TERMS], Terms, papers.TERMS)
         papers.require_engine(terms.engine, self.file.engine)
         key = bytes.fromhex(terms.authority)
@@ -176,7 +236,7 @@ class Hospital:
             raise DeploymentError(f"there is no table at {data}")
         self._accept(parts[papers.ROSTER], key)
         if terms.engine == "nvflare":
-            self._package(parts[papers.CERTIFICATE], terms.ca)
+            kits.harden(self._package(self.home, parts[papers.CERTIFICATE], terms.ca), "site", self.home)
         files.write(self.home / papers.TERMS, parts[papers.TERMS])
         files.write(self.home / papers.ROSTER, parts[papers.ROSTER])
         site = msgspec.structs.replace(self.file, data=str(data.absolute()))
@@ -190,20 +250,25 @@ class Hospital:
         ledger_key(self.home / LEDGER)
         return terms
 
-    def _package(self, certificate: bytes, ca: str) -> None:
-        signed = self.home / f"{self.file.name}.signed.zip"  # FLARE goes by the ending
+    def _unpacked(self, kit: bytes) -> dict[str, bytes]:
+        own = (papers.CERTIFICATE,) if self.file.engine == "nvflare" else ()
+        return papers.unpack(kit, (*own, papers.ROSTER, papers.TERMS, papers.SIGNATURE))
+
+    def _package(self, place: Path, certificate: bytes, ca: str) -> Path:
+        """FLARE's kit, in ``place``, of the key there and what the CA signed."""
+        signed = place / f"{self.file.name}.signed.zip"  # FLARE goes by the ending
         files.write(signed, certificate)
-        shutil.rmtree(self.home / KIT, ignore_errors=True)
+        shutil.rmtree(place / KIT, ignore_errors=True)
         made = kits.package(
             signed,
-            self.home / REQUEST,
+            place / REQUEST,
             fingerprint=ca,
-            out=self.home / KIT,
+            out=place / KIT,
             name=self.file.name,
             home=self.home / ".flare",
         )
         signed.unlink()
-        kits.harden(made, "site", self.home)
+        return made
 
     def accept_roster(self, body: bytes) -> Roster:
         """Move to a roster's next version, signed by the consortium's authority.
@@ -246,16 +311,35 @@ class Hospital:
 
     @property
     def identity(self) -> Identity:
-        path = self.home / KEYS
-        try:
-            keys = msgspec.json.decode(files.read(path, private=True), type=_Keys)
-        except msgspec.MsgspecError:
-            raise DeploymentError(f"{path} is damaged: restore it from your copy") from None
-        return Identity(
-            name=self.file.name,
-            secagg_private=bytes.fromhex(keys.secagg),
-            ledger_private=bytes.fromhex(keys.ledger),
-        )
+        return _identity(self.home / KEYS, self.file.name)
+
+    @property
+    def former_keys(self) -> tuple[str, ...]:
+        """Public keys, hex, that this site signed its words with before it changed keys."""
+        return self._keys.former
+
+    @property
+    def _keys(self) -> _Keys:
+        return _read_keys(self.home / KEYS)
+
+    @property
+    def restored(self) -> Restored | None:
+        """The mark of a ledger that was restored and may lack spends; None without one."""
+        path = self.home / RESTORED
+        return msgspec.json.decode(files.read(path), type=Restored) if path.exists() else None
+
+    def require_current(self) -> None:
+        """Return unless the ledger was restored and nothing was charged yet for what it may lack.
+
+        Raises:
+            DeploymentError: it was; says what to do.
+        """
+        if (mark := self.restored) is not None:
+            raise DeploymentError(
+                f"{self.home / LEDGER} was restored from a backup of {mark.made} with {mark.sequence} entries: what "
+                "was spent since is not in it. Have the coordinator send an account (privfed consortium account), then "
+                f"privfed site catch-up {self.home} FILE"
+            )
 
     def records(self) -> SiteData:
         """The site's own records, as the consortium agreed to read them. Raises `DataError`."""
@@ -274,6 +358,7 @@ class Hospital:
         terms, study, name = self.terms, self.file.study, self.file.name
         with ExitStack() as stack:
             stack.enter_context(files.locked(self.home / LOCK, str(self.home), wait_seconds))
+            self.require_current()
             key = ledger_key(self.home / LEDGER)
             book = stack.enter_context(Ledger(self.home / LEDGER))
             journal, policy = JournalFile(self.home / JOURNAL), self.policy
@@ -302,13 +387,38 @@ class Hospital:
             )
             yield DurableSite(site, key_holder, self.home / STATES, data=terms.data, task=terms.task)
 
-    def _accept(self, body: bytes, authority: bytes) -> Roster:
+    def _accept(self, body: bytes, authority: bytes, identity: Identity | None = None) -> Roster:
+        """The roster in ``body``, if it follows the accepted one and has this site, with these keys."""
         path = self.home / papers.ROSTER
         pinned = load_roster(path.read_bytes(), authority) if path.exists() else None
         roster = accept(body, authority=authority, pinned=pinned)
-        if self.identity.member not in roster.members:
+        if (identity or self.identity).member not in roster.members:
             raise DeploymentError(
                 f"roster version {roster.version} does not have {self.file.name} with its keys: it was left out, or "
                 "another has its name. Call the coordinator"
             )
         return roster
+
+
+def _ask(home: Path, site: SiteFile, *, consortium: str, contact: str, former: tuple[str, ...] = ()) -> bytes:
+    """New keys in ``home``, and the request that may leave it; over FLARE with one for a certificate."""
+    identity = Identity.generate(site.name)
+    secret = _Keys(identity.secagg_private.hex(), identity.ledger_private.hex(), former)
+    files.write(home / KEYS, msgspec.json.encode(secret), private=True)
+    asked = b""
+    if site.engine == "nvflare":
+        org = kits.flare_name(site.organisation)
+        asked = files.read(kits.request(home / REQUEST, consortium, name=site.name, type="client", org=org))
+    return papers.application(identity, organisation=site.organisation, contact=contact, flare_request=asked)
+
+
+def _identity(path: Path, name: str) -> Identity:
+    keys = _read_keys(path)
+    return Identity(name=name, secagg_private=bytes.fromhex(keys.secagg), ledger_private=bytes.fromhex(keys.ledger))
+
+
+def _read_keys(path: Path) -> _Keys:
+    try:
+        return msgspec.json.decode(files.read(path, private=True), type=_Keys)
+    except msgspec.MsgspecError:
+        raise DeploymentError(f"{path} is damaged: restore it from your copy") from None

@@ -32,10 +32,10 @@ from privfed.data.queries import describe, misfits
 from privfed.data.tables import Table
 from privfed.errors import DataError, PrivfedError
 from privfed.privacy.errors import PrivacyError
-from privfed.privacy.ledger import utc_now
+from privfed.privacy.ledger import Ledger, utc_now
 
 from . import files, kits, papers
-from .hospital import KIT, Hospital
+from .hospital import KIT, LEDGER, Hospital
 from .site_status import would_refuse
 
 logger = logging.getLogger(__name__)
@@ -122,6 +122,7 @@ class About(msgspec.Struct, frozen=True, tag="about", kw_only=True):
         data, task: what it agreed to read and predict.
         columns: those that its table lacks or that hold something else, with what is wrong.
         refuses: what it would say to the experiment; empty if it would take part.
+        ledger, entries: id of its ledger, and how many entries its chain has.
     """
 
     versions: dict[str, str]
@@ -134,6 +135,8 @@ class About(msgspec.Struct, frozen=True, tag="about", kw_only=True):
     task: Target | None = None
     columns: dict[str, str] = {}
     refuses: str = ""
+    ledger: str = ""
+    entries: int = 0
 
 
 class Said(msgspec.Struct, frozen=True, tag="said"):
@@ -191,6 +194,7 @@ class Inspector:
             hospital = self._open_site()
             roster, terms = hospital.roster, hospital.terms
             _ = hospital.identity, hospital.policy
+            hospital.require_current()
             known |= {
                 "roster": roster.version,
                 "roster_hash": roster.hash.hex(),
@@ -199,6 +203,8 @@ class Inspector:
                 "task": terms.task,
                 "columns": column_faults(terms.data, terms.task, hospital.file.data),
             }
+            with Ledger(hospital.home / LEDGER) as book:
+                known |= {"ledger": book.id, "entries": len(book.entries(hospital.file.name))}
             fits = not known["columns"]
             if fits and not is_database(hospital.file.data):
                 hospital.records()

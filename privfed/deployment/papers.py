@@ -6,6 +6,7 @@ All are signed, and nothing in them is secret: no private key is ever in one.
 import io
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -36,6 +37,7 @@ TERMS, SIGNATURE, ROSTER, CERTIFICATE, MEMBER = (
 FLARE_REQUEST = "request.zip"
 EngineName = Literal["nvflare", "flower"]
 _MOST_BYTES = 16 * 2**20
+_MOST_BACKUP = 4 * 2**30
 
 
 class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -206,12 +208,23 @@ def pack(parts: Mapping[str, bytes]) -> bytes:
 
 def unpack(body: bytes, names: tuple[str, ...]) -> dict[str, bytes]:
     """Exactly these files; nothing is ever extracted under a name that the archive chose."""
+    parts = _parts(body, _MOST_BYTES)
+    if sorted(parts) != sorted(names):
+        raise DeploymentError(f"this is not a file with {', '.join(names)}: ask for it again")
+    return parts
+
+
+def unpack_any(body: bytes) -> dict[str, bytes]:
+    """Whatever files there are, by the names that the archive chose: to be looked at before one is written."""
+    return _parts(body, _MOST_BACKUP)
+
+
+def _parts(body: bytes, most: int) -> dict[str, bytes]:
     try:
         with zipfile.ZipFile(io.BytesIO(body)) as archive:
-            if sorted(archive.namelist()) != sorted(names):
-                raise ValueError
-            if sum(archive.getinfo(name).file_size for name in names) > _MOST_BYTES:
+            names = archive.namelist()
+            if len(set(names)) != len(names) or sum(one.file_size for one in archive.infolist()) > most:
                 raise ValueError
             return {name: archive.read(name) for name in names}
-    except (ValueError, OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
-        raise DeploymentError(f"this is not a file with {', '.join(names)}: ask for it again") from None
+    except (ValueError, OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error):
+        raise DeploymentError("this file is damaged, or not what it should be: ask for it again") from None

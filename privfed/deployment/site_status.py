@@ -78,6 +78,7 @@ def would_refuse(hospital: Hospital, config: Config, now: datetime | None = None
     terms, policy = hospital.terms, hospital.policy
     if not isinstance(config.data, Table) or papers.agreed(config.data) != terms.data or config.task != terms.task:
         return "it reads another table, or predicts something else, than the consortium agreed on"
+    hospital.require_current()
     accountant, spent = Accountant(), read(hospital).epsilon
     try:
         check_names(config, policy)  # before a module that it names is imported for its size

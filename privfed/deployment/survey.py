@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from privfed import seals
 from privfed.cohort import cohort_of, held_out
 from privfed.config import Config
 from privfed.crypto.aggregation import AggregationServer, default_parameters, run_round
@@ -17,11 +18,11 @@ from privfed.crypto.roster import Roster
 from privfed.engines.contract import Engine
 from privfed.errors import PrivfedError
 from privfed.privacy.errors import PrivacyError
-from privfed.privacy.ledger import utc_now
+from privfed.privacy.ledger import Ledger, utc_now
 from privfed.terms import checked_encoding, key_holder_of, needs_key_holder, parameter_count, update_size
 
 from . import runs
-from .consortium import Consortium
+from .consortium import LEDGER, Consortium
 from .inspection import COMPARED, About, Dry, Look, Order, Said, agreement_faults, decode_reply, versions
 
 CLOCK_SECONDS = 60.0
@@ -92,6 +93,7 @@ def survey(
         _versions(found),
         _rosters(found, roster, consortium),
         *_tables(found, consortium),
+        _ledgers(found, consortium),
         _ready(found),
         *_experiment(found, config),
         _dry_sum(consortium, config, order, engine, roster, set(found)),
@@ -176,6 +178,24 @@ def _tables(found: Mapping[str, About], consortium: Consortium) -> Iterable[Find
         wrong,
         "every site's file has them, as agreed",
         "have the site name or add the column as consortium.toml has it; privfed data check FILE shows it more",
+    )
+
+
+def _ledgers(found: Mapping[str, About], consortium: Consortium) -> Finding:
+    """Whether some site's ledger has lost entries that the site has signed."""
+    wrong = {}
+    with Ledger(consortium.home / LEDGER) as book:
+        for site, about in found.items():
+            words = [seals.read(body) for body in book.statements(site)]
+            most = max((word.sequence for word in words if word.ledger == about.ledger), default=0)
+            if about.ledger and about.entries < most:
+                wrong[site] = f"its ledger has {about.entries} entries, its own signed word is about entry {most}"
+    return _site_by_site(
+        "ledgers",
+        wrong,
+        "none lacks an entry that its site has signed",
+        f"an older copy was put back: stop it there, send it privfed consortium account {consortium.home} SITE, and "
+        "have it type privfed site catch-up",
     )
 
 

@@ -82,6 +82,7 @@ def without_flare() -> Iterator[None]:
 
     def a_kit(*_: object, out: Path, **__: object) -> Path:
         (out / "local").mkdir(parents=True)
+        (out / "startup").mkdir()
         return out
 
     def signed(_: Path, asked: Path, path: Path) -> Path:

@@ -1,0 +1,259 @@
+"""What a coordinator knows of a site's spends, and how a site with a restored ledger catches up on it.
+
+The coordinator keeps each site's signed words and every run's configuration and noise. From these a site charges what
+its ledger may lack at its worst: every round of every run that is not known to lie before the backup.
+"""
+
+import hashlib
+import tomllib
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from privfed import config_io, folder, seals
+from privfed.cohort import Cohort, cohort_of, held_out
+from privfed.config import Config, SideNoise
+from privfed.crypto import keys
+from privfed.crypto.digest import digest
+from privfed.crypto.errors import RemoteProtocolError
+from privfed.data.tables import Table
+from privfed.errors import PrivfedError
+from privfed.folder import RunFolder
+from privfed.keyring import ledger_key, site_key
+from privfed.noise_levels import side_plan
+from privfed.privacy import noise
+from privfed.privacy.accountant import Accountant
+from privfed.privacy.events import Charge, NoiseSite, PrivacyUnit, to_canonical_json
+from privfed.privacy.ledger import Entry, Ledger, Recorded, utc_now
+from privfed.schedule import ahead
+from privfed.seals import Seal
+from privfed.terms import deployment_of, parameter_count, update_size
+
+from . import files, papers
+from .consortium import LEDGER as BOOK
+from .consortium import RUNS, Consortium
+from .files import DeploymentError
+from .hospital import LEDGER, LOCK, RESTORED, Hospital, Restored
+from .signed import coordinator_key
+
+
+class Ran(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A run, as it was promised.
+
+    Args:
+        run: its id.
+        config: its configuration, TOML.
+        noise_multiplier, side_noise: σ/C.
+        over: it has ended: no round of it comes any more.
+    """
+
+    run: str
+    config: str
+    noise_multiplier: float
+    side_noise: SideNoise
+    over: bool
+
+
+class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a coordinator hands to one site.
+
+    Args:
+        words: the site's own signed words, in the order in which they came.
+        runs: all runs of the consortium.
+        signature: the coordinator's, over everything else, hex.
+    """
+
+    site: str
+    made: str
+    words: tuple[str, ...]
+    runs: tuple[Ran, ...]
+    signature: str = ""
+
+    @property
+    def statement(self) -> bytes:
+        return digest("privfed/account/1", to_canonical_json(msgspec.structs.replace(self, signature="")))
+
+
+def account(consortium: Consortium, site: str) -> bytes:
+    """What the coordinator knows of a site's spends, signed. Nothing in it is secret from that site."""
+    if all(member.name != site for member in consortium.members):
+        raise DeploymentError(f"there is no approved site {site!r}")
+    with Ledger(consortium.home / BOOK) as book:
+        words = tuple(body.decode() for body in book.statements(site))
+    runs = tuple(_ran(RunFolder.open(path.parent)) for path in sorted((consortium.home / RUNS).glob("*/run.json")))
+    bare = Account(site=site, made=utc_now().isoformat(), words=words, runs=runs)
+    signature = keys.sign(coordinator_key(consortium.home), bare.statement).hex()
+    return msgspec.json.encode(msgspec.structs.replace(bare, signature=signature))
+
+
+def _ran(home: RunFolder) -> Ran:
+    facts = home.facts()
+    return Ran(
+        run=facts.run,
+        config=(home.path / folder.CONFIG).read_text(),
+        noise_multiplier=facts.noise_multiplier,
+        side_noise=facts.side_noise,
+        over=(home.path / folder.SUMMARY).exists(),
+    )
+
+
+class CaughtUp(msgspec.Struct, frozen=True):
+    """What catching up came to.
+
+    Args:
+        charged: the runs that were charged, all their rounds.
+        epsilon: what the ledger now has, at ``delta``.
+    """
+
+    charged: tuple[str, ...]
+    epsilon: float
+    delta: float
+
+
+def catch_up(hospital: Hospital, body: bytes) -> CaughtUp:
+    """Charge a restored ledger for what it may lack, and take its mark away.
+
+    A ledger without a mark is taken for restored if one of the site's own words is about an entry that it lacks:
+    a whole disk was put back.
+
+    Guarantees:
+        Every run of the account is charged for all its rounds at their worst, unless it has ended and the site's last
+        word on it is covered by the restored chain. The site's own signed words are held against the result: none may
+        say more ε than the ledger then has, nor another history. Runs that began before are not gone on with.
+
+    Not guaranteed: that the account is complete. A coordinator that hides a run, and the words on it, is not found out
+    by it; your logs and the other sites know of the run.
+
+    Raises:
+        DeploymentError: the ledger lacks nothing, the account is not this coordinator's for this site, or something
+            is missing from it. Nothing was written.
+    """
+    name, given = hospital.file.name, _read(body, hospital)
+    accountant, delta = Accountant(), hospital.policy.delta
+    key = site_key(ledger_key(hospital.home / LEDGER), name, "fingerprint")
+    dataset = noise.derive_key(key, b"ledger", name.encode()).hex()
+    with files.locked(hospital.home / LOCK, str(hospital.home)), Ledger(hospital.home / LEDGER) as book:
+        chain = book.entries(name)
+        mark = hospital.restored or _as_it_is(book, chain)
+        words = _words(hospital, given, book.id, chain, mark)
+        if hospital.restored is None and all(word.sequence <= len(chain) for word in words):
+            raise DeploymentError(
+                f"{hospital.home / LEDGER} lacks nothing that this site has signed: nothing to catch up on"
+            )
+        open_runs = [ran for ran in given.runs if not _is_before(ran, words, mark)]
+        with book.together():
+            for ran in open_runs:
+                for entry in _worst(hospital, ran, dataset, mark, chain):
+                    (book.charge if entry.charges else book.begin_run)(entry)
+            charges = book.charges(name, dataset)
+            for word in words:
+                spent = accountant.epsilon(charges, word.delta).value if charges else 0.0
+                said = float("inf") if word.epsilon is None else word.epsilon
+                if word.sequence > mark.sequence and spent < said * (1 - 1e-9):
+                    raise DeploymentError(
+                        f"this site's own word after round {word.round + 1} of {word.run} says that ε = {said:.4g} was "
+                        f"spent; with all runs of the account the ledger has {spent:.4g}: a run is missing from it. "
+                        "Nothing was written; call the coordinator"
+                    )
+        total = accountant.epsilon(charges, delta).value if charges else 0.0
+    (hospital.home / RESTORED).unlink(missing_ok=True)
+    return CaughtUp(tuple(ran.run for ran in open_runs), total, delta)
+
+
+def _as_it_is(book: Ledger, chain: tuple[Recorded, ...]) -> Restored:
+    """The mark of a ledger that nobody marked."""
+    now = utc_now().isoformat()
+    head = chain[-1].hash if chain else ""
+    return Restored(ledger=book.id, sequence=len(chain), head=head, made=now, restored=now)
+
+
+def _read(body: bytes, hospital: Hospital) -> Account:
+    try:
+        given = msgspec.json.decode(body, type=Account)
+        keys.verify(bytes.fromhex(hospital.terms.coordinator), bytes.fromhex(given.signature), given.statement)
+    except (ValueError, msgspec.MsgspecError, RemoteProtocolError):
+        raise DeploymentError("this is no account of this consortium's coordinator: ask for it again") from None
+    if given.site != hospital.file.name:
+        raise DeploymentError(f"the account is for the site {given.site!r}")
+    return given
+
+
+def _words(hospital: Hospital, given: Account, ledger: str, chain: tuple[Recorded, ...], mark: Restored) -> list[Seal]:
+    """This site's own words on this ledger, each of the same history as the restored chain."""
+    own = {hospital.identity.member.ledger_key.hex(), *hospital.former_keys}
+    found = []
+    for text in given.words:
+        try:
+            word = seals.read(text.encode())
+        except seals.SealError as error:
+            raise DeploymentError(f"the account has a word that this site never gave: {error}") from None
+        if word.key not in own or (word.site, word.ledger) != (hospital.file.name, ledger):
+            raise DeploymentError("the account has a word of another site, or on another ledger: call the coordinator")
+        if 0 < word.sequence <= mark.sequence and chain[word.sequence - 1].hash != word.head:
+            raise DeploymentError(
+                f"the restored ledger and this site's own word after round {word.round + 1} of {word.run} are of two "
+                "histories: this is not the backup of that ledger. Call the coordinator"
+            )
+        found.append(word)
+    return found
+
+
+def _is_before(ran: Ran, words: list[Seal], mark: Restored) -> bool:
+    """Whether all that a run spent here is known to stand in the restored chain."""
+    said = [word.sequence for word in words if word.run == ran.run]
+    return ran.over and bool(said) and max(said) <= mark.sequence
+
+
+def _worst(hospital: Hospital, ran: Ran, dataset: str, mark: Restored, chain: tuple[Recorded, ...]) -> Iterator[Entry]:
+    """Entries for a whole run, and for that it has begun: then it is not gone on with.
+
+    Raises:
+        DeploymentError: no bound is known for what it spent.
+    """
+    try:
+        config = config_io.decode(tomllib.loads(ran.config))
+        names = [member.name for member in hospital.roster.members]
+        cohort = cohort_of(config, len(names) - len(held_out(config, names)))
+        spends = _charges(hospital, config, ran, cohort)
+    except (PrivfedError, ValueError) as error:
+        raise DeploymentError(f"what {ran.run} may have spent can not be told: {error}") from None
+    about: dict[str, Any] = {
+        "site": hospital.file.name,
+        "dataset": dataset,
+        "round": 0,
+        "unit": config.privacy.unit,
+        "insecure_seed": hospital.file.study is not None,
+    }
+    restored = {"restored": mark.made, "config": hashlib.sha256(ran.config.encode()).hexdigest()}
+    if all(line.entry.run != ran.run for line in chain):
+        yield Entry(kind="run", run=ran.run, noise=config.privacy.noise, metadata=restored, **about)
+    for number, (noise_site, charges) in enumerate(spends):
+        if charges:
+            how = to_canonical_json(deployment_of(config, cohort, noise_site)).decode()
+            yield Entry(
+                run=f"{ran.run}/restored {mark.restored}",
+                attempt=number,
+                noise=noise_site,
+                charges=charges,
+                metadata={**restored, "deployment": how},
+                **about,
+            )
+
+
+def _charges(
+    hospital: Hospital, config: Config, ran: Ran, cohort: Cohort
+) -> tuple[tuple[NoiseSite, tuple[Charge, ...]], ...]:
+    """What all rounds of a run cost one site at their worst: its updates, and what it released beside them."""
+    if config.privacy.unit is PrivacyUnit.NONE or not config.method.sends:
+        return ()
+    if config.privacy.schedule != "constant":
+        raise DeploymentError("its noise follows a schedule, and no bound is known without the rounds themselves")
+    if not isinstance(config.data, Table) or papers.agreed(config.data) != hospital.terms.data:
+        raise DeploymentError("it reads another table than this site agreed to")
+    schema = papers.schema_of(hospital.terms)
+    size = update_size(config, schema.features, parameter_count(config, schema))
+    return (
+        (config.privacy.noise, ahead(config, cohort, size, ran.noise_multiplier, config.rounds)),
+        (NoiseSite.DISTRIBUTED, side_plan(config, cohort, schema, ran.side_noise)),
+    )
