@@ -24,7 +24,8 @@ def unit(tmp_path: Path) -> Path:
 
 def test_systemd_understands_every_line_of_the_service(unit: Path) -> None:
     done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, [line for line in done.stderr.splitlines() if unit.name in line]) == (0, "", [])
+    about_it = [line for line in done.stderr.splitlines() if unit.name in line]
+    assert (done.returncode, done.stdout, about_it) == (0, "", [])
 
 
 def test_the_service_is_shut_in(unit: Path) -> None:

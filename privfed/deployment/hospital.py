@@ -99,7 +99,7 @@ class Restored(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     restored: str
 
 
-class _Keys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _Keys(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     secagg: Hex32
     ledger: Hex32
     former: tuple[Hex32, ...] = ()  # public ledger keys that this site had before: they signed its earlier words

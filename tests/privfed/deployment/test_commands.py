@@ -1,6 +1,7 @@
 """The commands of a pilot, one after the other, with FLARE's part left away."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,6 +76,46 @@ def test_a_pilot_from_its_founding_to_its_status(tmp_path: Path) -> None:
     assert again.exit_code == 3 and "policy.max_epsilon" in again.stdout
     privfed("consortium", "suspend", home, "west")
     assert Consortium(home).suspended == ("west",)
+
+
+def test_a_backup_is_put_back_and_caught_up_with_and_keys_are_changed_by_the_commands_of_the_pages(
+    tmp_path: Path,
+) -> None:
+    """docs/operations/backup.md and keys.md."""
+    config = house.experiment(
+        house.tables(tmp_path / "tables"), rounds=1, privacy={"delta": 1e-5, "target_epsilon": 1.0}
+    )
+    consortium = house.found(tmp_path, config, study=False)
+    home, kept, said = tmp_path / "north", tmp_path / "north.backup", tmp_path / "north.account"
+    assert "0 ledger entries" in privfed("site", "backup", home, kept).stdout
+    block(consortium, runs.begin(consortium, config), 1)
+    assert privfed("site", "status", home, "--check").exit_code == 0
+    with pytest.raises(DeploymentError, match="would be forgotten"):
+        privfed("site", "restore", home, kept)
+    shutil.rmtree(home)
+    assert "takes part in nothing" in privfed("site", "restore", home, kept).stdout
+    for words in (("status", home, "--check"), ("start", home)):
+        with pytest.raises(DeploymentError, match="catch-up"):
+            privfed("site", *words)
+    privfed("consortium", "account", consortium.home, "north", "--out", said)
+    caught = privfed("site", "catch-up", home, said).stdout
+    assert "charged for all its rounds: pilot-" in caught and "spent: ε = " in caught
+    assert privfed("site", "status", home, "--check").exit_code == 0
+
+    asked = json.loads(privfed("site", "rotate", home, "--contact", "it", "--json").stdout)
+    approve = ("consortium", "approve", consortium.home, asked["request"], "--fingerprint", asked["fingerprint"])
+    with pytest.raises(DeploymentError, match="--replace"):
+        privfed(*approve)
+    assert privfed(*approve, "--replace").exit_code == 0
+    assert "Roster 2" in privfed("consortium", "roster", consortium.home).stdout
+    kit = tmp_path / "north.kit"
+    privfed("consortium", "kit", consortium.home, "north", "--out", kit)
+    assert "with roster 2" in privfed("site", "renew", home, "--kit", kit).stdout
+    for other in ("south", "west"):
+        privfed("site", "roster", tmp_path / other, consortium.roster_file())
+    run = runs.begin(consortium, config)
+    block(consortium, run, 1)
+    assert "north" in runs.progress(run)[-1].contributed
 
 
 @pytest.mark.parametrize("name", ["st mary", "../st-mary", "-mary", "", "m" * 64])

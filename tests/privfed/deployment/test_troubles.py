@@ -19,8 +19,8 @@ import pytest
 
 from privfed import __version__, config_io
 from privfed.config import Config
-from privfed.deployment import runs
-from privfed.deployment.hospital import KIT, LEDGER
+from privfed.deployment import account, backup, runs
+from privfed.deployment.hospital import KIT, LEDGER, Hospital
 from tests.privfed.deployment import house
 from tests.privfed.deployment.house import SITES
 from tests.privfed.deployment.network import Wire
@@ -229,6 +229,50 @@ def test_another_version_is_named_before_the_run_and_refused_in_it(tmp_path: Pat
         assert all(report.refused == {"west": reason} for report in reports)
         assert all(charged(tmp_path, site) == [] for site in SITES)
         assert json.loads(out)["complete"] is False
+
+
+# A lost disk, and keys that change
+
+
+def test_a_site_from_a_backup_and_then_with_new_keys_takes_part_with_its_certificates(tmp_path: Path) -> None:
+    from tests.privfed.deployment.loopback import Loopback, kits
+    from tests.privfed.engines.flare_rig import quick_certificates
+
+    config = house.experiment(house.tables(tmp_path / "tables"), rounds=1, privacy={**INSECURE, "target_epsilon": 1.0})
+    path, home = tmp_path / "experiment.toml", tmp_path / "north"
+    path.write_text(config_io.to_toml(config))
+    with Loopback(tmp_path, config) as loopback:
+        loopback.everybody()
+        backup.make(Hospital.open(home), tmp_path / "north.backup")
+        _, errors = (submitted := loopback.submit(path)).communicate(timeout=300)
+        assert submitted.returncode == 0, errors.decode()
+        loopback.kill("north")
+        shutil.rmtree(home)
+        backup.restore(home, (tmp_path / "north.backup").read_bytes())
+        kits.harden(home / KIT, "site", home)  # as `site start` does
+        loopback.start("north")
+        loopback.connected()
+        found = loopback.preflight(path)
+        assert not found["sites"]["ok"] and found["sites"]["found"].startswith("north: ")
+        loopback.kill("north")
+        consortium = loopback.consortium
+        assert account.catch_up(Hospital.open(home), account.account(consortium, "north")).charged
+
+        old = (home / KIT / "startup" / "client.crt").read_bytes()
+        with quick_certificates():
+            consortium.approve(Hospital.open(home).rotate(contact="it"), replace=True)
+            consortium.next_roster()
+            Hospital.open(home).renew(consortium.kit("north"))
+        assert (home / KIT / "startup" / "client.crt").read_bytes() != old
+        loopback.start("north")
+        loopback.connected()
+        assert loopback.preflight(path)["rosters"]["found"].startswith("south: it has accepted version 1, not 2")
+        for other in ("south", "west"):
+            Hospital.open(tmp_path / other).accept_roster((consortium.roster_file() or Path()).read_bytes())
+        assert all(one["ok"] for one in loopback.preflight(path).values())
+        _, errors = (submitted := loopback.submit(path)).communicate(timeout=300)
+        assert submitted.returncode == 0, errors.decode()
+        assert "north" in runs.progress(loopback.run())[-1].contributed
 
 
 # Encrypted sums
