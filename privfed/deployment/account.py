@@ -6,7 +6,7 @@ its ledger may lack at its worst: every round of every run that is not known to 
 
 import hashlib
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -114,8 +114,8 @@ class CaughtUp(msgspec.Struct, frozen=True):
 def catch_up(hospital: Hospital, body: bytes) -> CaughtUp:
     """Charge a restored ledger for what it may lack, and take its mark away.
 
-    A ledger without a mark is taken for restored if one of the site's own words is about an entry that it lacks:
-    a whole disk was put back.
+    A ledger without a mark is taken for restored if one of the site's own words is about an entry that it lacks,
+    or about another ledger: a whole disk was put back, or the ledger was lost.
 
     Guarantees:
         Every run of the account is charged for all its rounds at their worst, unless it has ended and the site's last
@@ -136,12 +136,22 @@ def catch_up(hospital: Hospital, body: bytes) -> CaughtUp:
     with files.locked(hospital.home / LOCK, str(hospital.home)), Ledger(hospital.home / LEDGER) as book:
         chain = book.entries(name)
         mark = hospital.restored or _as_it_is(book, chain)
-        words = _words(hospital, given, book.id, chain, mark)
-        if hospital.restored is None and all(word.sequence <= len(chain) for word in words):
+        since = caught_up_at(chain)
+        words = [word for word in _words(hospital, given) if word.time > since]
+        _require_one_history(words, chain, mark)
+
+        def covered(word: Seal) -> bool:
+            """Whether what a word is about stands in the chain."""
+            return word.ledger == mark.ledger and word.sequence <= mark.sequence
+
+        if hospital.restored is None and all(map(covered, words)):
             raise DeploymentError(
                 f"{hospital.home / LEDGER} lacks nothing that this site has signed: nothing to catch up on"
             )
-        open_runs = [ran for ran in given.runs if not _is_before(ran, words, mark)]
+        seen = {word.run for word in words}
+        late = {word.run for word in words if not covered(word)}
+        settled = {line.entry.run for line in chain if "restored" in line.entry.metadata}
+        open_runs = [ran for ran in given.runs if not (ran.over and ran.run in seen | settled and ran.run not in late)]
         with book.together():
             for ran in open_runs:
                 for entry in _worst(hospital, ran, dataset, mark, chain):
@@ -150,7 +160,7 @@ def catch_up(hospital: Hospital, body: bytes) -> CaughtUp:
             for word in words:
                 spent = accountant.epsilon(charges, word.delta).value if charges else 0.0
                 said = float("inf") if word.epsilon is None else word.epsilon
-                if word.sequence > mark.sequence and spent < said * (1 - 1e-9):
+                if not covered(word) and spent < said * (1 - 1e-9):
                     raise DeploymentError(
                         f"this site's own word after round {word.round + 1} of {word.run} says that ε = {said:.4g} was "
                         f"spent; with all runs of the account the ledger has {spent:.4g}: a run is missing from it. "
@@ -159,6 +169,11 @@ def catch_up(hospital: Hospital, body: bytes) -> CaughtUp:
         total = accountant.epsilon(charges, delta).value if charges else 0.0
     (hospital.home / RESTORED).unlink(missing_ok=True)
     return CaughtUp(tuple(ran.run for ran in open_runs), total, delta)
+
+
+def caught_up_at(chain: Iterable[Recorded]) -> str:
+    """When a chain was last charged for what it lacked, ISO 8601; empty if it never was."""
+    return max((line.time for line in chain if "restored" in line.entry.metadata), default="")
 
 
 def _as_it_is(book: Ledger, chain: tuple[Recorded, ...]) -> Restored:
@@ -179,8 +194,8 @@ def _read(body: bytes, hospital: Hospital) -> Account:
     return given
 
 
-def _words(hospital: Hospital, given: Account, ledger: str, chain: tuple[Recorded, ...], mark: Restored) -> list[Seal]:
-    """This site's own words on this ledger, each of the same history as the restored chain."""
+def _words(hospital: Hospital, given: Account) -> list[Seal]:
+    """This site's own words."""
     own = {hospital.identity.member.ledger_key.hex(), *hospital.former_keys}
     found = []
     for text in given.words:
@@ -188,21 +203,21 @@ def _words(hospital: Hospital, given: Account, ledger: str, chain: tuple[Recorde
             word = seals.read(text.encode())
         except seals.SealError as error:
             raise DeploymentError(f"the account has a word that this site never gave: {error}") from None
-        if word.key not in own or (word.site, word.ledger) != (hospital.file.name, ledger):
-            raise DeploymentError("the account has a word of another site, or on another ledger: call the coordinator")
-        if 0 < word.sequence <= mark.sequence and chain[word.sequence - 1].hash != word.head:
-            raise DeploymentError(
-                f"the restored ledger and this site's own word after round {word.round + 1} of {word.run} are of two "
-                "histories: this is not the backup of that ledger. Call the coordinator"
-            )
+        if word.key not in own or word.site != hospital.file.name:
+            raise DeploymentError("the account has a word of another site, or under keys that are not this site's")
         found.append(word)
     return found
 
 
-def _is_before(ran: Ran, words: list[Seal], mark: Restored) -> bool:
-    """Whether all that a run spent here is known to stand in the restored chain."""
-    said = [word.sequence for word in words if word.run == ran.run]
-    return ran.over and bool(said) and max(said) <= mark.sequence
+def _require_one_history(words: list[Seal], chain: tuple[Recorded, ...], mark: Restored) -> None:
+    """Return if the words on the restored ledger are about its own entries. Raises `DeploymentError`."""
+    for word in words:
+        here = word.ledger == mark.ledger and 0 < word.sequence <= mark.sequence
+        if here and chain[word.sequence - 1].hash != word.head:
+            raise DeploymentError(
+                f"the restored ledger and this site's own word after round {word.round + 1} of {word.run} are of two "
+                "histories: this is not the backup of that ledger. Call the coordinator"
+            )
 
 
 def _worst(hospital: Hospital, ran: Ran, dataset: str, mark: Restored, chain: tuple[Recorded, ...]) -> Iterator[Entry]:

@@ -248,6 +248,7 @@ class Hospital:
                 comment="What this site demands, whatever a run asks for. No job and no coordinator can change it.",
             )
         ledger_key(self.home / LEDGER)
+        Ledger(self.home / LEDGER).close()
         return terms
 
     def _unpacked(self, kit: bytes) -> dict[str, bytes]:

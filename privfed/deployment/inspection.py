@@ -35,6 +35,7 @@ from privfed.privacy.errors import PrivacyError
 from privfed.privacy.ledger import Ledger, utc_now
 
 from . import files, kits, papers
+from .account import caught_up_at
 from .hospital import KIT, LEDGER, Hospital
 from .site_status import would_refuse
 
@@ -123,6 +124,7 @@ class About(msgspec.Struct, frozen=True, tag="about", kw_only=True):
         columns: those that its table lacks or that hold something else, with what is wrong.
         refuses: what it would say to the experiment; empty if it would take part.
         ledger, entries: id of its ledger, and how many entries its chain has.
+        caught_up: when it was last charged for what it had lost, ISO 8601; empty if it never was.
     """
 
     versions: dict[str, str]
@@ -137,6 +139,7 @@ class About(msgspec.Struct, frozen=True, tag="about", kw_only=True):
     refuses: str = ""
     ledger: str = ""
     entries: int = 0
+    caught_up: str = ""
 
 
 class Said(msgspec.Struct, frozen=True, tag="said"):
@@ -204,7 +207,8 @@ class Inspector:
                 "columns": column_faults(terms.data, terms.task, hospital.file.data),
             }
             with Ledger(hospital.home / LEDGER) as book:
-                known |= {"ledger": book.id, "entries": len(book.entries(hospital.file.name))}
+                chain = book.entries(hospital.file.name)
+                known |= {"ledger": book.id, "entries": len(chain), "caught_up": caught_up_at(chain)}
             fits = not known["columns"]
             if fits and not is_database(hospital.file.data):
                 hospital.records()

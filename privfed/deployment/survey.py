@@ -186,16 +186,18 @@ def _ledgers(found: Mapping[str, About], consortium: Consortium) -> Finding:
     wrong = {}
     with Ledger(consortium.home / LEDGER) as book:
         for site, about in found.items():
-            words = [seals.read(body) for body in book.statements(site)]
+            words = [word for word in map(seals.read, book.statements(site)) if word.time > about.caught_up]
             most = max((word.sequence for word in words if word.ledger == about.ledger), default=0)
             if about.ledger and about.entries < most:
                 wrong[site] = f"its ledger has {about.entries} entries, its own signed word is about entry {most}"
+            elif about.ledger and words and words[-1].ledger != about.ledger:
+                wrong[site] = "it has another ledger than the one that its last signed word is about"
     return _site_by_site(
         "ledgers",
         wrong,
         "none lacks an entry that its site has signed",
-        f"an older copy was put back: stop it there, send it privfed consortium account {consortium.home} SITE, and "
-        "have it type privfed site catch-up",
+        f"it was lost, or an older copy was put back: stop it there, send it privfed consortium account {consortium.home} "
+        "SITE, and have it type privfed site catch-up",
     )
 
 

@@ -263,6 +263,14 @@ def test_a_disk_that_was_put_back_whole_is_found_by_the_preflight_and_catches_up
     assert not finding.ok and finding.found.startswith("north: its ledger has 0 entries") and "catch-up" in finding.next
     account.catch_up(north, account.account(consortium, "north"))
     assert read(north).epsilon >= true and ledgers().ok
+    (north.home / LEDGER).unlink()  # and now the ledger alone is gone, and there is no backup: a new one begins
+    Ledger(north.home / LEDGER).close()
+    finding = ledgers()
+    assert not finding.ok and "another ledger" in finding.found and read(north).epsilon == 0
+    account.catch_up(north, account.account(consortium, "north"))
+    assert read(north).epsilon >= true and ledgers().ok
+    with pytest.raises(DeploymentError, match="nothing to catch up on"):
+        account.catch_up(north, account.account(consortium, "north"))
 
 
 def test_every_file_of_a_backup_stands_in_a_zip_that_other_programs_read(
