@@ -196,7 +196,7 @@ def _ledgers(found: Mapping[str, About], consortium: Consortium) -> Finding:
         "ledgers",
         wrong,
         "none lacks an entry that its site has signed",
-        f"it was lost, or an older copy was put back: stop it there, send it privfed consortium account {consortium.home} "
+        f"it was lost, or an older copy was put back: stop it, send it privfed consortium account {consortium.home} "
         "SITE, and have it type privfed site catch-up",
     )
 
