@@ -77,7 +77,7 @@ def serve(
     torch.set_num_threads(1)
     os.umask(0o077)
     typer.echo(f"{hospital.file.name} answers at {socket}", err=True)
-    relay.serve(socket, lambda request, deposit: woken.answer(hospital.home, request, deposit))
+    relay.serve(socket, lambda request, deposit: woken.answer_signed(hospital.home, request, deposit))
 
 
 @app.command()

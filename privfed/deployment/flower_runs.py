@@ -16,6 +16,7 @@ from . import files, papers, runs, woken
 from .blocks import JOIN_SECONDS, Block, do_block
 from .consortium import Consortium
 from .files import DeploymentError
+from .signed import SigningEngine, coordinator_key
 
 _ALL_ROUNDS = 100_000
 
@@ -41,7 +42,8 @@ def coordinate(grid: Grid, home: Path, *, experiment: str = "", run: str = "") -
     with files.locked(found.path / runs.DRIVER, str(found.path)):
         (found.path / runs.STOP).unlink(missing_ok=True)
         block = Block(found.path.name, _ALL_ROUNDS)
-        do_block(consortium, block, engine, lambda sites: engine.wait_for(sites, JOIN_SECONDS))
+        signing = SigningEngine(engine, consortium.terms, coordinator_key(consortium.home))
+        do_block(consortium, block, signing, lambda sites: engine.wait_for(sites, JOIN_SECONDS))
     return _finished(found)
 
 
@@ -65,7 +67,7 @@ def _finished(found: RunFolder) -> Summary:
 
 
 def answer_here(home: Path, request: bytes, deposit: bytes) -> tuple[bytes, bytes]:
-    """`woken.answer`, in a process of Flower's."""
+    """`woken.answer_signed`, in a process of Flower's."""
     torch.set_num_threads(1)
     os.umask(0o077)
-    return woken.answer(home, request, deposit)
+    return woken.answer_signed(home, request, deposit)

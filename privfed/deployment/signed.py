@@ -14,6 +14,7 @@ from privfed.crypto import keys
 from privfed.crypto.digest import digest
 from privfed.crypto.errors import RemoteProtocolError
 from privfed.engines.contract import Engine, Handler
+from privfed.errors import PrivfedError
 from privfed.keyring import ledger_key, site_key
 from privfed.seals import COORDINATOR
 
@@ -80,14 +81,29 @@ class SignedHandler:
 
     def __init__(self, handler: Handler, terms: Terms, site: str) -> None:
         self._handler, self._terms, self._site = handler, terms, site
-        self._key = bytes.fromhex(terms.coordinator)
 
     def handle(self, request: bytes) -> bytes:
-        signature, body = request[: keys.SIGNATURE_BYTES], request[keys.SIGNATURE_BYTES :]
         try:
-            keys.verify(self._key, signature, _statement(self._terms, self._site, body))
-        except RemoteProtocolError:
-            logger.error("%s refuses: a request that the coordinator has not signed", self._site)
-            reason = "the request is not signed by this consortium's coordinator for this site"
-            return wire.encode(wire.Refusal("protocol", reason, final=False))
-        return self._handler.handle(body)
+            return self._handler.handle(opened(request, self._terms, self._site))
+        except NotSigned as error:
+            return error.refusal
+
+
+class NotSigned(PrivfedError):
+    """A request that the coordinator has not signed for this site."""
+
+    @property
+    def refusal(self) -> bytes:
+        """What the site answers."""
+        return wire.encode(wire.Refusal("protocol", str(self), final=False))
+
+
+def opened(request: bytes, terms: Terms, site: str) -> bytes:
+    """What the coordinator has signed for ``site``. Raises `NotSigned`."""
+    signature, body = request[: keys.SIGNATURE_BYTES], request[keys.SIGNATURE_BYTES :]
+    try:
+        keys.verify(bytes.fromhex(terms.coordinator), signature, _statement(terms, site, body))
+    except RemoteProtocolError:
+        logger.error("%s refuses: a request that the coordinator has not signed", site)
+        raise NotSigned("the request is not signed by this consortium's coordinator for this site") from None
+    return body

@@ -20,6 +20,7 @@ from privfed.policy import PolicyRefusal
 from .deposits import DepositRefused, Deposits
 from .durable import DurableSite
 from .hospital import JOURNAL, Hospital
+from .signed import NotSigned, opened
 
 LEAVE_SECONDS = 20.0
 """How long an earlier process of the same site may take to end."""
@@ -33,6 +34,15 @@ class _Left(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __repr__(self) -> str:
         return "_Left()"
+
+
+def answer_signed(home: Path, request: bytes, deposit: bytes) -> tuple[bytes, bytes]:
+    """`answer` to what the coordinator has signed for this site; all else is refused, and what was left stays left."""
+    hospital = Hospital.open(home)
+    try:
+        return answer(home, opened(request, hospital.terms, hospital.file.name), deposit)
+    except NotSigned as error:
+        return error.refusal, deposit
 
 
 def answer(home: Path, request: bytes, deposit: bytes) -> tuple[bytes, bytes]:

@@ -18,6 +18,7 @@ from privfed.deployment.consortium import Consortium
 from privfed.deployment.deposits import DepositRefused, Deposits
 from privfed.deployment.durable import DurableSite
 from privfed.deployment.hospital import JOURNAL, LEDGER, Hospital
+from privfed.deployment.signed import SigningEngine, coordinator_key
 from privfed.folder import RunFolder
 from tests.privfed.deployment import house
 from tests.privfed.deployment.house import SITES
@@ -86,6 +87,38 @@ def test_a_run_of_woken_sites_equals_the_run_in_one_process(
         # Five answers and a measurement a round: something is left after each but the last
         assert [bool(deposit) for deposit in engine.kept[site][1:]] == [True] * 5 + [False] + [True] * 5 + [False]
         assert not Deposits(JournalFile(tmp_path / site / JOURNAL), site).out
+
+
+def test_a_woken_site_reads_what_the_coordinator_has_signed_for_it_and_nothing_else(
+    tmp_path: Path, consortium: Consortium
+) -> None:
+    body = b"no message at all"
+    line = Signed(consortium)
+    good = line.of("north", body)
+    reply, left = woken.answer_signed(tmp_path / "north", good, b"")
+    assert "not a message" in refusal(reply).reason  # it was read
+    for bad in (body, good[:-1], line.of("south", body), b""):
+        reply, left = woken.answer_signed(tmp_path / "north", bad, b"what it left")
+        assert "not signed by this consortium's coordinator" in refusal(reply).reason and left == b"what it left"
+
+
+class Signed:
+    """What goes over the line of a coordinator that signs."""
+
+    def __init__(self, consortium: Consortium) -> None:
+        self._engine = SigningEngine(self, consortium.terms, coordinator_key(consortium.home))
+
+    def of(self, site: str, body: bytes) -> bytes:
+        return self._engine.exchange({site: body}, 1.0)[site]
+
+    def exchange(self, requests: Mapping[str, bytes], deadline_seconds: float) -> Mapping[str, bytes]:
+        return dict(requests)
+
+
+def refusal(reply: bytes) -> wire.Refusal:
+    message = wire.decode_reply(reply)
+    assert isinstance(message, wire.Refusal)
+    return message
 
 
 @pytest.mark.parametrize(
