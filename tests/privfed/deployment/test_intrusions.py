@@ -227,6 +227,24 @@ def test_the_person_who_submits_jobs_has_no_shell_on_sites(loopback: Any) -> Non
             session.ls_target("server")
 
 
+def test_who_holds_the_server_without_the_coordinators_key_is_listened_to_by_nobody(loopback: Any) -> None:
+    """All of FLARE's kit, and another key in the place of the coordinator's."""
+    sites_there(loopback)
+    key = loopback.consortium.home / "ledger.db.key"
+    before, books = key.read_bytes(), [spends(loopback.home / site / LEDGER, site) for site in SITES]
+    key.write_bytes(bytes(range(32)))
+    try:
+        found = loopback.preflight(loopback.home / "experiment.toml")
+        assert not found["answers"]["ok"] and not found["a secure sum over zeros"]["ok"]
+        _, errors = (command := loopback.submit(loopback.home / "experiment.toml")).communicate(timeout=300)
+    finally:
+        key.write_bytes(before)
+    assert command.returncode == 3, errors.decode()
+    assert not any(report.contributed for report in runs.progress(loopback.run()))
+    assert b"not signed by this consortium's coordinator" in errors
+    assert books == [spends(loopback.home / site / LEDGER, site) for site in SITES]
+
+
 def test_a_weaker_promise_than_a_sites_policy_is_refused_with_the_line(loopback: Any) -> None:
     sites_there(loopback)
     policy = loopback.home / "west" / "policy.toml"
