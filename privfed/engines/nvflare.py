@@ -26,10 +26,11 @@ from nvflare.apis.job_launcher_spec import JobHandleSpec, JobReturnCode
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 from nvflare.app_common.job_launcher.client_process_launcher import ClientProcessJobLauncher
-from nvflare.fuel.f3.cellnet.defs import CellChannel, CellChannelTopic, MessageHeaderKey, MessageType
+from nvflare.fuel.f3.cellnet.defs import CellChannel, CellChannelTopic, MessageHeaderKey, MessagePropKey, MessageType
 from nvflare.fuel.f3.cellnet.defs import ReturnCode as CellCode
 from nvflare.fuel.f3.cellnet.fqcn import FQCN
 from nvflare.fuel.f3.cellnet.utils import make_reply as make_cell_reply
+from nvflare.fuel.f3.drivers.net_utils import ssl_required
 from nvflare.fuel.f3.streaming.stream_const import (
     STREAM_ACK_TOPIC,
     STREAM_CHANNEL,
@@ -391,7 +392,8 @@ class _Respawning(JobHandleSpec):  # type: ignore[misc]
 def _hear_the_server_alone(cell: Any, heard: frozenset[tuple[str, str]]) -> None:
     """Have a process drop what another site sends it, on whatever channel, and what the server has no business to ask.
 
-    Whose a message is, its origin says; the server passes no other on than that of the token it comes with.
+    Whose a message is, its origin says; the server passes no other on than that of the token it comes with. The server
+    itself can write any: a message of this site's own has to come over a connection of its own.
 
     Args:
         heard: channels and topics on which the server may ask; the site's own processes may on all, and replies are
@@ -401,10 +403,10 @@ def _hear_the_server_alone(cell: Any, heard: frozenset[tuple[str, str]]) -> None
 
     def check(message: Any) -> Any:
         origin = FQCN.split(message.get_header(MessageHeaderKey.ORIGIN))[0]
-        if origin == own:
+        if origin == own and _is_from_here(cell, message):
             return None
         if origin != FQCN.ROOT_SERVER:
-            logger.warning("a message of %r was dropped: sites have nothing to say to each other", origin)
+            logger.warning("a message in the name of %r was dropped: only the server is heard from outside", origin)
             return make_cell_reply(CellCode.UNAUTHENTICATED, "not from the server")
         if message.get_header(MessageHeaderKey.MSG_TYPE) != MessageType.REQ:
             return None
@@ -417,6 +419,17 @@ def _hear_the_server_alone(cell: Any, heard: frozenset[tuple[str, str]]) -> None
         return make_cell_reply(CellCode.INVALID_REQUEST, "a site does not know this order")
 
     cell.core_cell.add_incoming_filter("*", "*", check)
+
+
+def _is_from_here(cell: Any, message: Any) -> bool:
+    """Whether it came from a process of this site: the connections among those have no TLS, and the server's has."""
+    peer = message.get_prop(MessagePropKey.ENDPOINT)
+    if peer is None:
+        return False
+    if peer.name == cell.get_fqcn():  # to itself: FLARE lets nobody else have this name
+        return True
+    connections = cell.core_cell.communicator.conn_manager.get_connections(peer.name)
+    return bool(connections) and not any(ssl_required(one.conn.connector.params) for one in connections)
 
 
 def _is_heard(message: Any, heard: frozenset[tuple[str, str]]) -> bool:

@@ -90,6 +90,50 @@ def test_of_all_orders_that_flare_knows_a_site_obeys_those_of_a_jobs_life_and_no
     ]
 
 
+@pytest.mark.parametrize(
+    ("origin", "peer", "secure", "heard"),
+    [
+        ("north.job", "north.job", [False], True),
+        ("north", "north", [], True),  # to itself
+        ("server", "server", [True], False),
+        ("north.job", "server", [True], False),  # the server writes the site's name over its order
+        ("north.job", "north.job", [True], False),  # and says at its connection that this is its own
+        ("north.job", "north.job", [False, True], False),
+        ("north.job", "nowhere", [], False),
+        ("south", "server", [True], False),
+    ],
+)
+def test_an_order_of_the_server_in_the_sites_own_name_is_dropped(
+    origin: str, peer: str, secure: list[bool], heard: bool
+) -> None:
+    from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, MessagePropKey, MessageType
+    from nvflare.fuel.f3.endpoint import Endpoint
+    from nvflare.fuel.f3.message import Message
+
+    filters: list[Any] = []
+    found = {
+        peer: [SimpleNamespace(conn=SimpleNamespace(connector=SimpleNamespace(params={"secure": s}))) for s in secure]
+    }
+    manager = SimpleNamespace(get_connections=found.get)
+    core = SimpleNamespace(
+        communicator=SimpleNamespace(conn_manager=manager),
+        add_incoming_filter=lambda channel, topic, check: filters.append(check),
+    )
+    flare._hear_the_server_alone(SimpleNamespace(get_fqcn=lambda: "north", core_cell=core), frozenset())
+    message = Message(
+        {
+            MessageHeaderKey.ORIGIN: origin,
+            MessageHeaderKey.DESTINATION: "north",
+            MessageHeaderKey.MSG_TYPE: MessageType.REQ,
+            MessageHeaderKey.CHANNEL: "_net_manager",
+            MessageHeaderKey.TOPIC: "config_vars",
+        }
+    )
+    message.set_prop(MessagePropKey.ENDPOINT, Endpoint(peer))
+    (check,) = filters
+    assert (check(message) is None) == heard
+
+
 def test_a_job_that_its_server_forgot_gives_the_folder_back_and_answers_no_more(
     begun: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
