@@ -7,6 +7,7 @@ its ledger may lack at its worst: every round of every run that is not known to 
 import hashlib
 import tomllib
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import msgspec
@@ -115,30 +116,40 @@ def catch_up(hospital: Hospital, body: bytes) -> CaughtUp:
     """Charge a restored ledger for what it may lack, and take its mark away.
 
     A ledger without a mark is taken for restored if one of the site's own words is about an entry that it lacks,
-    or about another ledger: a whole disk was put back, or the ledger was lost.
+    or about another ledger: a whole disk was put back. Where there is no ledger a new one is begun, with a mark.
 
     Guarantees:
         Every run of the account is charged for all its rounds at their worst, unless it has ended and the site's last
         word on it is covered by the restored chain. The site's own signed words are held against the result: none may
-        say more ε than the ledger then has, nor another history. Runs that began before are not gone on with.
+        say more ε than the ledger then has, nor another history. Runs that began before are not gone on with. A mark
+        is not taken away by an account that is older than it.
 
-    Not guaranteed: that the account is complete. A coordinator that hides a run, and the words on it, is not found out
-    by it; your logs and the other sites know of the run.
+    Not guaranteed: that the account is complete and true. A coordinator that leaves out words and hides a run, calls it
+    over, or says that its noise was larger or that no round was repeated, is not found out by it; your logs and the
+    other sites know of the run.
 
     Raises:
-        DeploymentError: the ledger lacks nothing, the account is not this coordinator's for this site, or something
-            is missing from it. Nothing was written.
+        DeploymentError: the ledger lacks nothing, the account is not this coordinator's for this site, or is older than
+            the mark, or something is missing from it. Nothing was written but the mark of a ledger that was lost.
     """
     name, given = hospital.file.name, _read(body, hospital)
     accountant, delta = Accountant(), hospital.policy.delta
-    key = site_key(ledger_key(hospital.home / LEDGER), name, "fingerprint")
-    dataset = noise.derive_key(key, b"ledger", name.encode()).hex()
-    with files.locked(hospital.home / LOCK, str(hospital.home)), Ledger(hospital.home / LEDGER) as book:
+    with ExitStack() as held:
+        held.enter_context(files.locked(hospital.home / LOCK, str(hospital.home)))
+        _mark_if_lost(hospital)
+        key = site_key(ledger_key(hospital.home / LEDGER), name, "fingerprint")
+        dataset = noise.derive_key(key, b"ledger", name.encode()).hex()
+        book = held.enter_context(Ledger(hospital.home / LEDGER))
         chain = book.entries(name)
         mark = hospital.restored or _as_it_is(book, chain)
         since = caught_up_at(chain)
         words = [word for word in _words(hospital, given) if word.time > since]
         _require_one_history(words, chain, mark)
+        if hospital.restored is not None and given.made < mark.restored:
+            raise DeploymentError(
+                f"the account is of {given.made}, and the ledger was put back at {mark.restored}: what was spent in "
+                "between may not be in it. Nothing was written; have the coordinator send a new one"
+            )
 
         def covered(word: Seal) -> bool:
             """Whether what a word is about stands in the chain."""
@@ -174,6 +185,14 @@ def catch_up(hospital: Hospital, body: bytes) -> CaughtUp:
 def caught_up_at(chain: Iterable[Recorded]) -> str:
     """When a chain was last charged for what it lacked, ISO 8601; empty if it never was."""
     return max((line.time for line in chain if "restored" in line.entry.metadata), default="")
+
+
+def _mark_if_lost(hospital: Hospital) -> None:
+    """Mark a site whose ledger is gone, before a new one stands in its place."""
+    if not (hospital.home / LEDGER).exists() and hospital.restored is None:
+        now = utc_now().isoformat()
+        mark = Restored(ledger="", sequence=0, head="", made=now, restored=now)
+        files.write(hospital.home / RESTORED, msgspec.json.encode(mark))
 
 
 def _as_it_is(book: Ledger, chain: tuple[Recorded, ...]) -> Restored:

@@ -56,12 +56,13 @@ def make(hospital: Hospital, out: Path) -> Manifest:
         DeploymentError: ``out`` is there already, or a file of the site can not be read.
         PrivacyError: the ledger is damaged: there is nothing worth a backup.
     """
+    hospital.require_ledger()
     if out.exists():
         raise DeploymentError(f"{out} is there already: nothing was changed; give a new name")
     home = hospital.home
     with tempfile.TemporaryDirectory(dir=home) as work:
         copy = Path(work) / LEDGER
-        with Ledger(home / LEDGER) as book:  # one that never took part has none yet: it is made
+        with Ledger(home / LEDGER) as book:
             book.copy(copy)
         with Ledger(copy) as book:
             book.verify()
@@ -117,8 +118,8 @@ def restore(home: Path, body: bytes, *, now: datetime | None = None) -> Manifest
     """Put a site back, in a new folder or in one whose ledger is lost, damaged or older.
 
     Raises:
-        DeploymentError: the folder is another site's, or has a ledger that is as long or of another history: nothing
-            was changed. A longer ledger is never overwritten.
+        DeploymentError: the folder is another site's, or has a ledger that is as long or of another history, or the
+            key of another ledger: nothing was changed. A longer ledger is never overwritten.
     """
     manifest, parts = read(body)
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -128,13 +129,18 @@ def restore(home: Path, body: bytes, *, now: datetime | None = None) -> Manifest
             f"{home} is the site {Hospital.open(home).file.name!r}, the backup is of {manifest.site!r}"
         )
     with files.locked(home / LOCK, str(home)):
+        if (home / _KEY).exists() and files.read(home / _KEY, private=True) != parts[_KEY]:
+            # Under another key the ledger's data set would have another name, and its spends would be forgotten
+            raise DeploymentError(
+                f"{home / _KEY} is the key of another ledger than the backup's: move it away. Nothing was changed"
+            )
         damaged = _require_older(home, manifest)
         mark = Restored(
             ledger=manifest.ledger,
             sequence=manifest.sequence,
             head=manifest.head,
             made=manifest.made,
-            restored=(now or datetime.now(UTC)).isoformat(),
+            restored=(now or datetime.now(UTC)).astimezone(UTC).isoformat(),
         )
         files.write(home / RESTORED, msgspec.json.encode(mark))  # first: from now on the site takes part in nothing
         if damaged:

@@ -84,10 +84,10 @@ class SiteFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class Restored(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """restored.json: the ledger is a backup's, and may lack what was spent since.
+    """restored.json: the ledger is a backup's, or a new one in the place of one that was lost: it may lack spends.
 
     Args:
-        ledger: its id.
+        ledger: its id; empty where it was lost.
         sequence, head: its last entry, and that entry's hash in hex.
         made, restored: when the backup was made, and put back; UTC, ISO 8601.
     """
@@ -329,12 +329,21 @@ class Hospital:
         path = self.home / RESTORED
         return msgspec.json.decode(files.read(path), type=Restored) if path.exists() else None
 
+    def require_ledger(self) -> None:
+        """Return if the ledger is there. A new one in its place would know of no spend. Raises `DeploymentError`."""
+        if not (self.home / LEDGER).exists():
+            raise DeploymentError(
+                f"{self.home / LEDGER} is gone: what was spent is not known. Put a backup back (privfed site restore); "
+                f"without one, have the coordinator send an account, then privfed site catch-up {self.home} FILE"
+            )
+
     def require_current(self) -> None:
-        """Return unless the ledger was restored and nothing was charged yet for what it may lack.
+        """Return if the ledger is there, and was not restored without being charged for what it may lack.
 
         Raises:
-            DeploymentError: it was; says what to do.
+            DeploymentError: it is gone, or was restored; says what to do.
         """
+        self.require_ledger()
         if (mark := self.restored) is not None:
             raise DeploymentError(
                 f"{self.home / LEDGER} was restored from a backup of {mark.made} with {mark.sequence} entries: what "

@@ -48,6 +48,7 @@ class SiteStatus(msgspec.Struct, frozen=True):
 def read(hospital: Hospital) -> SiteStatus:
     """A site's ledger and log, read; a running site is not disturbed."""
     policy, name = hospital.policy, hospital.file.name
+    hospital.require_ledger()
     key = ledger_key(hospital.home / LEDGER)
     dataset = noise.derive_key(site_key(key, name, "fingerprint"), b"ledger", name.encode()).hex()
     with Ledger(hospital.home / LEDGER) as book:

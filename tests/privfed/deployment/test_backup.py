@@ -273,6 +273,58 @@ def test_a_disk_that_was_put_back_whole_is_found_by_the_preflight_and_catches_up
         account.catch_up(north, account.account(consortium, "north"))
 
 
+def test_a_site_whose_ledger_is_gone_does_not_begin_a_new_one_by_itself(
+    consortium: Consortium, config: Config, tmp_path: Path
+) -> None:
+    block(consortium, runs.begin(consortium, config), ROUNDS)
+    north, old = hospital(consortium), account.account(consortium, "north")
+    true = read(north).epsilon
+    (north.home / LEDGER).unlink()
+    with pytest.raises(DeploymentError, match="is gone"), north.opened():
+        pass
+    for asked in (lambda: read(north), lambda: backup.make(north, tmp_path / "empty"), north.require_current):
+        with pytest.raises(DeploymentError, match="is gone"):
+            asked()
+    assert not (north.home / LEDGER).exists()
+    with pytest.raises(DeploymentError, match="have the coordinator send a new one"):
+        account.catch_up(north, old)
+    with pytest.raises(DeploymentError, match="privfed site catch-up"), north.opened():  # nor by a refused account
+        pass
+    account.catch_up(north, account.account(consortium, "north"))
+    assert read(north).epsilon >= true
+    with north.opened():
+        pass
+
+
+def test_an_account_from_before_the_restore_does_not_take_the_mark_away(
+    consortium: Consortium, config: Config, tmp_path: Path
+) -> None:
+    body = saved(consortium, tmp_path)
+    old = account.account(consortium, "north")  # of an earlier time: good then, and it lacks what came after
+    block(consortium, runs.begin(consortium, config), ROUNDS)
+    true = read(hospital(consortium)).epsilon
+    backup.restore(lost(consortium), body)
+    north = hospital(consortium)
+    with pytest.raises(DeploymentError, match="have the coordinator send a new one"):
+        account.catch_up(north, old)
+    assert north.restored is not None and spends(north.home / LEDGER, "north") == []
+    assert account.catch_up(north, account.account(consortium, "north")).epsilon >= true
+
+
+def test_a_ledger_is_not_put_beside_the_key_of_another(consortium: Consortium, config: Config, tmp_path: Path) -> None:
+    block(consortium, runs.begin(consortium, config), 1)
+    body, true = saved(consortium, tmp_path), read(hospital(consortium)).epsilon
+    home = consortium.home.parent / "north"
+    (home / LEDGER).unlink()
+    (home / f"{LEDGER}.key").write_bytes(bytes(32))  # what a site that lost both would make
+    with pytest.raises(DeploymentError, match="the key of another ledger"):
+        backup.restore(home, body)
+    assert not (home / LEDGER).exists() and not (home / RESTORED).exists()
+    (home / f"{LEDGER}.key").unlink()
+    backup.restore(home, body)
+    assert read(hospital(consortium)).epsilon == pytest.approx(true)
+
+
 def test_every_file_of_a_backup_stands_in_a_zip_that_other_programs_read(
     consortium: Consortium, tmp_path: Path
 ) -> None:
