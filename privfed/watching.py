@@ -1,10 +1,11 @@
 """Where a run stands, from its folder alone: for who looks on, and asking no site.
 
 The round loop leaves a line a round and a checkpoint; this reads them as they come. Whatever is drawn of it, on a
-terminal or on a page, shows no more: counts of sites, means over sites, the largest ε, what failed.
+terminal or on a page, shows no more: counts of sites, means over two sites or more, the largest ε, what failed.
 """
 
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from .errors import RunFolderError
 from .federation import RoundReport
 from .folder import RunFolder
 from .summary import Summary, report_of
+from .wire import printable
 
 NOW = "now.json"
 """A file in a run's folder while somebody works on it: what is being waited for."""
@@ -79,7 +81,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     Args:
         round: from 0.
         contributed, invited: sites.
-        loss, score, personalized: means over the sites that release them; or the one noised score of all.
+        loss, score, personalized: means over the sites that release them, two or more; or the one noised score of all.
         deviation: of a noised score, by its noise.
         epsilon: the largest of any site, all its runs together; None where no site measured.
         noise_multiplier, clip: of its updates, as of `RoundReport`.
@@ -116,11 +118,12 @@ class Attendance:
 
 
 def row_of(report: RoundReport) -> Row:
-    """A round's report, without what belongs to single sites."""
+    """A round's report, without what belongs to single sites: a mean over one would be its very figure."""
 
     def mean(name: str) -> float | None:
+        values = [getattr(measured, name) for measured in report.measurements.values()]
         spread = report.figures(name)
-        return spread.mean if spread else None
+        return spread.mean if spread and sum(v is not None and math.isfinite(v) for v in values) > 1 else None
 
     released = report.released
     return Row(
@@ -141,16 +144,17 @@ def row_of(report: RoundReport) -> Row:
 
 
 def faults(report: RoundReport) -> tuple[str, ...]:
-    """What went wrong in a round."""
+    """What went wrong in a round: to be shown on a terminal, whoever made the folder."""
     found = [f"{site} refuses: {reason}" for site, reason in report.refused.items()]
     found += [f"{named(sites)} did not answer {step}" for step, sites in report.dropped.items()]
-    return (*found, *([f"no sum: {report.aborted}"] if report.aborted else []))
+    found += [f"no sum: {report.aborted}"] if report.aborted else []
+    return tuple(map(printable, found))
 
 
 def named(sites: Sequence[str]) -> str:
     """Sites by name, as many as can be read."""
     more = len(sites) - _NAMED
-    return ", ".join(sites[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return printable(", ".join(sites[:_NAMED])) + (f" and {more} more" if more > 0 else "")
 
 
 @contextmanager
@@ -227,13 +231,13 @@ class Watcher:
         now = self._now() if working and not over else None
         inside = now.asked if now else self._last.contributed if self._last else ()
         measured = [row for row in self.rows if row.epsilon is not None or row.score is not None]
-        remark = "" if over else self._remark()
+        remark = "" if over else printable(self._remark())
         return View(
             run=self._home.path.name,
             state="over" if over else "at work" if working else "idle",
             done=len(self.rows),
             planned=config.rounds,
-            phase=f"round {now.round + 1}: {now.step}" if now else "",
+            phase=printable(f"round {now.round + 1}: {now.step}") if now else "",
             sites_in=tuple(inside),
             sites_out=self._others(config, inside),
             epsilon=measured[-1].epsilon if measured else None,
@@ -327,7 +331,7 @@ class Watcher:
         told = {name: f"refuses: {reason}" for name, reason in report.refused.items()}
         told |= {name: f"did not answer {step}" for step, names in report.dropped.items() for name in names}
         for name, words in told.items():
-            self.sites.setdefault(name, Attendance()).fault = f"round {report.round + 1}: {words}"
+            self.sites.setdefault(name, Attendance()).fault = printable(f"round {report.round + 1}: {words}")
 
     def _others(self, config: Config, inside: Sequence[str]) -> tuple[str, ...]:
         """The sites of the run that are not ``inside``; those that are held out of training take part in none."""

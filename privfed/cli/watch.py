@@ -141,8 +141,9 @@ def picture(view: "View", rows: "Sequence[Row]") -> "Group":
 def standing(view: "View") -> str:
     """Where it stands, in one line."""
     from privfed.watching import named
+    from privfed.wire import printable
 
-    words = [f"{view.run}: {view.state}", f"{view.done} of {view.planned} rounds"]
+    words = [f"{printable(view.run)}: {view.state}", f"{view.done} of {view.planned} rounds"]
     words += [view.phase] if view.phase else []
     words += [f"in: {named(view.sites_in)}"] if view.sites_in else []
     words += [f"out: {named(view.sites_out)}"] if view.sites_out else []

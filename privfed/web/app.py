@@ -165,10 +165,10 @@ def _guarded(inner: Any, token: str) -> Any:
         if scope["type"] != "http":
             await inner(scope, receive, send)
             return
-        _, given, *rest = scope["path"].split("/", 2)
-        if not rest or not secrets.compare_digest(given.encode(), token.encode()):
+        given, slash, rest = scope["path"].removeprefix("/").partition("/")
+        if not slash or not secrets.compare_digest(given.encode(), token.encode()):
             await PlainTextResponse("nothing is here", status_code=404)(scope, receive, sending)
             return
-        await inner({**scope, "path": f"/{rest[0]}"}, receive, sending)
+        await inner({**scope, "path": f"/{rest}"}, receive, sending)
 
     return guarded

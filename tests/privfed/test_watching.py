@@ -1,6 +1,7 @@
 """Who looks on at any run: what is seen while it goes, what is not, and that looking changes nothing."""
 
 import fcntl
+import io
 import json
 import os
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 import privfed
 from privfed import folder
 from privfed.cli.app import app
 from privfed.cli.exits import exit_code
+from privfed.cli.watch import picture
 from privfed.engines.contract import Progress
 from privfed.errors import PrivfedError, RunFolderError
 from privfed.federation import RoundReport
@@ -180,6 +183,31 @@ def test_faults_are_told_with_their_site_and_round(tmp_path: Path) -> None:
     assert watcher.sites["south"].fault == "round 1: refuses: policy.max_epsilon = 2"
     assert watcher.sites["north"].fault == "round 2: did not answer mask"
     assert (watcher.sites["north"].contributed, watcher.sites["north"].missed) == (4, 2)
+
+
+def test_a_mean_over_one_site_is_that_sites_figure_and_is_not_shown(tmp_path: Path) -> None:
+    alone = ['evaluation.release="public-cohort"', 'evaluation.public_sites=["south"]']
+    two = ['evaluation.release="public-cohort"', 'evaluation.public_sites=["south","west"]']
+    shown = []
+    for name, overrides in (("alone", alone), ("two", two)):
+        watcher = Watcher(watched(tmp_path / name, SITES, overrides=overrides))
+        watcher.look()
+        shown.append([value is None for row in watcher.rows for value in (row.loss, row.score, row.personalized)])
+    assert all(shown[0]) and not any(shown[1])
+
+
+def test_a_folder_can_not_write_to_the_terminal_of_who_looks_at_it(tmp_path: Path) -> None:
+    evil = "no\x1b]0;title\x07\x1b[2J\r\u202e"
+    home = watched(tmp_path / "run", (*SITES, evil), refusals={evil: evil}, aborted={1: evil}, over=False)
+    watcher = Watcher(home, remark=lambda: evil)
+    view = watcher.look()
+    console = Console(force_terminal=True, file=io.StringIO(), width=200, color_system=None)
+    console.print(picture(view, watcher.rows))
+    assert isinstance(console.file, io.StringIO)
+    plain = CliRunner().invoke(app, ["watch", str(home), "--once"]).output
+    for text in (plain, console.file.getvalue(), *(site.fault for site in watcher.sites.values())):
+        assert not set("\x1b\x07\r\u202e") & set(text)
+    assert "no\ufffd" in plain
 
 
 def test_a_site_that_is_no_longer_invited_is_out(tmp_path: Path) -> None:

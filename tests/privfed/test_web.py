@@ -3,6 +3,7 @@
 import http.client
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -252,6 +253,9 @@ def test_without_the_token_or_under_another_name_nothing_is_told(tmp_path: Path)
         for path in ("/", "", f"/{token}", f"/{token[:-1]}/", f"/{token}x/", "/events", "//", f"/x/{token}/", "/é/"):
             status, _, body = ask(root + (path or "/").replace("é", "%C3%A9"))
             assert status == 404 and body == "nothing is here"
+        with socket.create_connection((place.hostname, place.port), timeout=120) as connection:
+            connection.sendall(b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n")  # a path without a slash
+            assert connection.recv(4096).startswith(b"HTTP/1.1 404 ")
         for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost.evil.example", ""):
             assert ask(address, Host=host)[0] == 400
         for host in ("localhost", f"127.0.0.1:{place.port}"):
