@@ -116,7 +116,8 @@ def catch_up(hospital: Hospital, body: bytes) -> CaughtUp:
     """Charge a restored ledger for what it may lack, and take its mark away.
 
     A ledger without a mark is taken for restored if one of the site's own words is about an entry that it lacks,
-    or about another ledger: a whole disk was put back. Where there is no ledger a new one is begun, with a mark.
+    or about another ledger: a whole disk was put back. It gets its mark then. Where there is no ledger a new one is
+    begun, with a mark.
 
     Guarantees:
         Every run of the account is charged for all its rounds at their worst, unless it has ended and the site's last
@@ -130,7 +131,7 @@ def catch_up(hospital: Hospital, body: bytes) -> CaughtUp:
 
     Raises:
         DeploymentError: the ledger lacks nothing, the account is not this coordinator's for this site, or is older than
-            the mark, or something is missing from it. Nothing was written but the mark of a ledger that was lost.
+            the mark, or something is missing from it. Nothing was written but the mark of a ledger that had none.
     """
     name, given = hospital.file.name, _read(body, hospital)
     accountant, delta = Accountant(), hospital.policy.delta
@@ -145,19 +146,21 @@ def catch_up(hospital: Hospital, body: bytes) -> CaughtUp:
         since = caught_up_at(chain)
         words = [word for word in _words(hospital, given) if word.time > since]
         _require_one_history(words, chain, mark)
-        if hospital.restored is not None and given.made < mark.restored:
-            raise DeploymentError(
-                f"the account is of {given.made}, and the ledger was put back at {mark.restored}: what was spent in "
-                "between may not be in it. Nothing was written; have the coordinator send a new one"
-            )
 
         def covered(word: Seal) -> bool:
             """Whether what a word is about stands in the chain."""
             return word.ledger == mark.ledger and word.sequence <= mark.sequence
 
-        if hospital.restored is None and all(map(covered, words)):
+        if hospital.restored is None:
+            if all(map(covered, words)):
+                raise DeploymentError(
+                    f"{hospital.home / LEDGER} lacks nothing that this site has signed: nothing to catch up on"
+                )
+            files.write(hospital.home / RESTORED, msgspec.json.encode(mark))
+        if given.made < mark.restored:
             raise DeploymentError(
-                f"{hospital.home / LEDGER} lacks nothing that this site has signed: nothing to catch up on"
+                f"the account is of {given.made}; that the ledger lacks spends is known since {mark.restored}, and the "
+                "account may lack some of them too. The site waits; have the coordinator send a new one"
             )
         seen = {word.run for word in words}
         late = {word.run for word in words if not covered(word)}

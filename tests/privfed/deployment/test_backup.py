@@ -261,12 +261,18 @@ def test_a_disk_that_was_put_back_whole_is_found_by_the_preflight_and_catches_up
     shutil.move(north.home.with_name("snapshot"), north.home)
     finding = ledgers()
     assert not finding.ok and finding.found.startswith("north: its ledger has 0 entries") and "catch-up" in finding.next
+    with pytest.raises(DeploymentError, match="have the coordinator send a new one"):  # this one may be any old one
+        account.catch_up(north, account.account(consortium, "north"))
+    with pytest.raises(DeploymentError, match="privfed site catch-up"), north.opened():
+        pass
     account.catch_up(north, account.account(consortium, "north"))
     assert read(north).epsilon >= true and ledgers().ok
     (north.home / LEDGER).unlink()  # and now the ledger alone is gone, and there is no backup: a new one begins
     Ledger(north.home / LEDGER).close()
     finding = ledgers()
     assert not finding.ok and "another ledger" in finding.found and read(north).epsilon == 0
+    with pytest.raises(DeploymentError, match="have the coordinator send a new one"):
+        account.catch_up(north, account.account(consortium, "north"))
     account.catch_up(north, account.account(consortium, "north"))
     assert read(north).epsilon >= true and ledgers().ok
     with pytest.raises(DeploymentError, match="nothing to catch up on"):
