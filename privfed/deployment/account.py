@@ -25,7 +25,7 @@ from privfed.keyring import ledger_key, site_key
 from privfed.noise_levels import side_plan
 from privfed.privacy import noise
 from privfed.privacy.accountant import Accountant
-from privfed.privacy.events import Charge, NoiseSite, PrivacyUnit, to_canonical_json
+from privfed.privacy.events import Charge, Gaussian, NoiseSite, PrivacyUnit, to_canonical_json
 from privfed.privacy.ledger import Entry, Ledger, Recorded, utc_now
 from privfed.schedule import ahead
 from privfed.seals import Seal
@@ -282,8 +282,11 @@ def _charges(
     hospital: Hospital, config: Config, ran: Ran, cohort: Cohort
 ) -> tuple[tuple[NoiseSite, tuple[Charge, ...]], ...]:
     """What all rounds of a run cost one site at their worst: its updates, and what it released beside them."""
-    if config.privacy.unit is PrivacyUnit.NONE or not config.method.sends:
+    if not config.method.sends:
         return ()
+    if config.privacy.unit is PrivacyUnit.NONE:  # its updates are booked as what they are: without noise
+        refused = hospital.policy.require_privacy  # this site's own policy; a word that says otherwise is found out
+        return () if refused else ((config.privacy.noise, (Charge(Gaussian(noise_multiplier=0.0)),)),)
     if config.privacy.schedule != "constant":
         raise DeploymentError("its noise follows a schedule, and no bound is known without the rounds themselves")
     if not isinstance(config.data, Table) or papers.agreed(config.data) != hospital.terms.data:

@@ -1,5 +1,6 @@
 """Backup and restore of a site, and that a restored ledger forgets nothing."""
 
+import math
 import shutil
 import stat
 import zipfile
@@ -13,16 +14,17 @@ import pytest
 from privfed import wire
 from privfed.config import Config
 from privfed.crypto import keys
-from privfed.deployment import account, backup, runs
+from privfed.deployment import account, backup, files, runs
 from privfed.deployment.account import Account
 from privfed.deployment.consortium import Consortium
 from privfed.deployment.files import DeploymentError
-from privfed.deployment.hospital import LEDGER, RESTORED, STATES, Hospital
+from privfed.deployment.hospital import LEDGER, POLICY, RESTORED, STATES, Hospital
 from privfed.deployment.inspection import About, Inspector, Look, Order, decode_reply
 from privfed.deployment.signed import coordinator_key
 from privfed.deployment.site_status import read, would_refuse
 from privfed.deployment.survey import Finding, survey
 from privfed.engines.local import LocalEngine
+from privfed.privacy.events import PrivacyUnit
 from privfed.privacy.ledger import Ledger
 from tests.privfed.deployment import house
 from tests.privfed.deployment.house import SITES
@@ -56,6 +58,10 @@ def lost(consortium: Consortium) -> Path:
     home = consortium.home.parent / "north"
     shutil.rmtree(home)
     return home
+
+
+def without_claim(config: Config) -> Config:
+    return msgspec.structs.replace(config, privacy=msgspec.structs.replace(config.privacy, unit=PrivacyUnit.NONE))
 
 
 def account_of(consortium: Consortium, **changed: Any) -> bytes:
@@ -315,6 +321,21 @@ def test_an_account_from_before_the_restore_does_not_take_the_mark_away(
         account.catch_up(north, old)
     assert north.restored is not None and spends(north.home / LEDGER, "north") == []
     assert account.catch_up(north, account.account(consortium, "north")).epsilon >= true
+
+
+def test_a_run_without_noise_is_charged_as_what_it_was(consortium: Consortium, config: Config, tmp_path: Path) -> None:
+    for site in SITES:
+        there = hospital(consortium, site)
+        open_to_all = msgspec.structs.replace(there.policy, require_privacy=False, max_epsilon=None)
+        files.write_toml(there.home / POLICY, open_to_all, comment="As it was agreed.")
+    body = saved(consortium, tmp_path)
+    block(consortium, runs.begin(consortium, without_claim(config)), 1)
+    assert read(hospital(consortium)).epsilon == math.inf
+    backup.restore(lost(consortium), body)
+    north = hospital(consortium)
+    unmeasured = account_of(consortium, words=())  # a round that was cut short has no word
+    assert account.catch_up(north, unmeasured).epsilon == math.inf
+    assert read(north).epsilon == math.inf
 
 
 def test_a_ledger_is_not_put_beside_the_key_of_another(consortium: Consortium, config: Config, tmp_path: Path) -> None:
