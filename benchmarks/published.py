@@ -4,9 +4,10 @@
   from their five seeds. Ours are `privfed.run` without privacy; seeds draw the batches (q = 0.5). Rates and rounds had
   the best mean C-index in three-fold cross-validation on the training patients, of a few rates for each optimiser and
   25 to 200 rounds. Test sets have 11 to 63 patients: differences of a few hundredths are no differences.
-- Omniglot, 5-way 1-shot: a site is five characters of one alphabet, with labels of its own; sites share drawings. Three alphabets are never trained on. There each class has one labelled image, all by one drawer, and the
-  others are tested. Both ways take four steps a round, and had the best of 27 settings of rates for two alphabets that
-  are never the unseen ones.
+- Omniglot, 5-way 1-shot: 300 sites, each five characters of one alphabet with labels of its own; sites share drawings.
+  Three alphabets are never trained on. There each class has one labelled image, all by one drawer, and the others are
+  tested. Both ways take four steps a round, and had the best of 27 settings of rates, in a prototype, for two alphabets
+  that are never the unseen ones.
 - Parkinson's telemonitoring: 42 patients, each one a site; mean absolute error of the motor score.
 - Ratings of 120 users, each one a site (made up from a public seed, by `examples/phones.py`: no licensed table comes
   with the toolkit): root mean squared error.
