@@ -7,7 +7,7 @@
 - Omniglot, 5-way 1-shot: 300 sites, each five characters of one alphabet with labels of its own; sites share drawings.
   Three alphabets are never trained on. There each class has one labelled image, all by one drawer, and the others are
   tested. Both ways take four steps a round, and had the best of 27 settings of rates, in a prototype, for two alphabets
-  that are never the unseen ones.
+  that are never the unseen ones; FOMAML loses here, see benchmarks/README.md.
 - Parkinson's telemonitoring: 42 patients, each one a site; mean absolute error of the motor score.
 - Ratings of 120 users, each one a site (made up from a public seed, by `examples/phones.py`: no licensed table comes
   with the toolkit): root mean squared error.
