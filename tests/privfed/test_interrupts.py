@@ -96,13 +96,18 @@ def test_a_process_that_is_stopped_in_an_audit_has_recorded_nothing(
     folder, out = Path(shutil.copytree(run, tmp_path / "run")), tmp_path / "audit.json"
     before = entries(folder)
     command = [sys.executable, "-m", "privfed", "audit", str(folder), "--level", "1", "--out", str(out)]
-    with subprocess.Popen([*command, "--trials", "100000"], stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith("level 1"):
-                process.send_signal(kind)
-                break
-        said = process.stderr.read()
+    # A shell's background job ignores Ctrl-C, and so would all that this suite starts there
+    before_test = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with subprocess.Popen([*command, "--trials", "100000"], stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if line.startswith("level 1"):
+                    process.send_signal(kind)
+                    break
+            said = process.stderr.read()
+    finally:
+        signal.signal(signal.SIGINT, before_test)
     assert process.returncode == (130 if kind is signal.SIGINT else -kind)
     assert (AUDIT in said) == (kind is signal.SIGINT)
     assert not out.exists() and not (folder / "audit.json").exists() and entries(folder) == before
