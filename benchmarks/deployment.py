@@ -9,18 +9,15 @@ With --rows a killed benchmark goes on where it was: each case in turn, on whate
 """
 
 import json
-import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from common import Bar, Report, Timing, parse
+from common import Bar, Report, Timing, parse, quiet
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -34,18 +31,6 @@ BARS = (
 )
 HIDDEN = {"1e5": (300, 320), "1e6": (1000, 990)}  # six inputs, two classes: 98,770 and 999,973 parameters
 INSECURE = {"delta": 1e-5, "target_epsilon": 3.0, "insecure_seed": house.SEED}
-
-
-@contextmanager
-def _quiet() -> Any:
-    """What FLARE prints goes elsewhere."""
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
 
 
 def resident(pid: int) -> float:
@@ -89,7 +74,7 @@ def deployed(sites: int, size: str, repeats: int) -> Figures:
         path = home / "experiment.toml"
         path.write_text(config_io.to_toml(config))
         peak = {"server": 0.0, "site": 0.0}
-        with _quiet(), Loopback(home, config) as loopback:
+        with quiet(), Loopback(home, config) as loopback:
             loopback.everybody()
             command = loopback.submit(path, block=repeats + 1)
             while command.poll() is None:
@@ -121,7 +106,7 @@ def exchanges(repeats: int) -> Figures:
     sites = ("a", "b", "c")
     found: Figures = {}
     sizes = {"empty exchange, 3 sites": 0, "exchange of 4 MB each way, 3 sites": 4_000_000}
-    with tempfile.TemporaryDirectory() as name, _quiet():
+    with tempfile.TemporaryDirectory() as name, quiet():
         with flare_rig.quick_certificates():
             rig = flare_rig.Rig(Path(name), sites)
         with rig:
@@ -143,7 +128,7 @@ def preflight() -> Figures:
         home = Path(name)
         config = house.experiment(house.tables(home / "tables"), privacy=INSECURE, model={"hidden": HIDDEN["1e5"]})
         (home / "experiment.toml").write_text(config_io.to_toml(config))
-        with _quiet(), Loopback(home, config) as loopback:
+        with quiet(), Loopback(home, config) as loopback:
             loopback.everybody()
             seconds = []
             for _ in range(3):

@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from typing import Any
 import msgspec
 import pandas as pd
 import template
-from common import Bar, Options, Report, Timing
+from common import Bar, Options, Report, Timing, quiet
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -178,18 +178,6 @@ def available() -> float:
     """GiB of memory that nobody uses."""
     (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
     return int(line.split()[1]) / 2**20
-
-
-@contextmanager
-def quiet() -> Any:
-    """What FLARE prints goes elsewhere."""
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
 
 
 def measure(report: Report, home: Path, many: int, rounds: int, *, forked: bool) -> None:

@@ -155,4 +155,9 @@ def at_work(home: Path) -> Iterator[dict[str, DurableSite]]:
         yield {site: stack.enter_context(Hospital.open(home / site).opened()) for site in SITES}
 
 
-__all__ = ["SEED", "SITES", "at_work", "experiment", "found", "papers", "tables", "without_flare"]
+def hospital(consortium: Consortium, name: str = "north") -> Hospital:
+    """A site of `found`, opened anew."""
+    return Hospital.open(consortium.home.parent / name)
+
+
+__all__ = ["SEED", "SITES", "at_work", "experiment", "found", "hospital", "papers", "tables", "without_flare"]

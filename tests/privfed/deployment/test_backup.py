@@ -18,7 +18,7 @@ from privfed.deployment import account, backup, files, runs
 from privfed.deployment.account import Account
 from privfed.deployment.consortium import Consortium
 from privfed.deployment.files import DeploymentError
-from privfed.deployment.hospital import LEDGER, POLICY, RESTORED, STATES, Hospital
+from privfed.deployment.hospital import LEDGER, POLICY, RESTORED, STATES
 from privfed.deployment.inspection import About, Inspector, Look, Order, decode_reply
 from privfed.deployment.signed import coordinator_key
 from privfed.deployment.site_status import read, would_refuse
@@ -27,7 +27,7 @@ from privfed.engines.local import LocalEngine
 from privfed.privacy.events import PrivacyUnit
 from privfed.privacy.ledger import Ledger
 from tests.privfed.deployment import house
-from tests.privfed.deployment.house import SITES
+from tests.privfed.deployment.house import SITES, hospital
 from tests.privfed.deployment.test_blocks import block, spends
 
 ROUNDS = 3
@@ -42,10 +42,6 @@ def config(tmp_path: Path) -> Config:
 def consortium(tmp_path: Path, config: Config) -> Iterator[Consortium]:
     with house.without_flare():
         yield house.found(tmp_path, config, study=False)
-
-
-def hospital(consortium: Consortium, name: str = "north") -> Hospital:
-    return Hospital.open(consortium.home.parent / name)
 
 
 def saved(consortium: Consortium, tmp_path: Path) -> bytes:

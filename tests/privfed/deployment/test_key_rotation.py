@@ -17,6 +17,7 @@ from privfed.deployment.hospital import NEXT, REQUEST, Hospital
 from privfed.errors import PrivfedError
 from privfed.privacy.ledger import Ledger
 from tests.privfed.deployment import house
+from tests.privfed.deployment.house import hospital
 from tests.privfed.deployment.test_blocks import block
 
 
@@ -29,10 +30,6 @@ def config(tmp_path: Path) -> Config:
 def consortium(tmp_path: Path, config: Config) -> Iterator[Consortium]:
     with house.without_flare():
         yield house.found(tmp_path, config, study=False)
-
-
-def hospital(consortium: Consortium, name: str = "north") -> Hospital:
-    return Hospital.open(consortium.home.parent / name)
 
 
 def rotated(consortium: Consortium) -> bytes:

@@ -18,7 +18,7 @@ from privfed.deployment.files import DeploymentError
 from privfed.deployment.hospital import Hospital, Strict, given_policy
 from privfed.deployment.site_status import read, would_refuse
 from tests.privfed.deployment import house
-from tests.privfed.deployment.house import SITES
+from tests.privfed.deployment.house import SITES, hospital
 
 
 @pytest.fixture
@@ -30,10 +30,6 @@ def config(tmp_path: Path) -> Config:
 def consortium(tmp_path: Path, config: Config) -> Iterator[Consortium]:
     with house.without_flare():
         yield house.found(tmp_path, config, study=False)
-
-
-def hospital(consortium: Consortium, name: str = "north") -> Hospital:
-    return Hospital.open(consortium.home.parent / name)
 
 
 def test_secrets_are_for_their_owner_alone_and_in_no_paper(consortium: Consortium) -> None:
