@@ -333,10 +333,16 @@ class Ledger:
             rows = self._connection.execute(
                 "SELECT id, body FROM statements WHERE ?1 IS NULL OR site = ?1 ORDER BY id", (site,)
             ).fetchall()
-        for number, body in rows:
-            if type(body) is not bytes:  # SQLite stores what it is given, whatever the column says
-                raise LedgerCorrupt(self.path, "it is not a byte string", f"signed word {number}")
-        return tuple(body for _, body in rows)
+        return self._bodies(rows)
+
+    def last_statement(self, site: str) -> bytes:
+        """The last of `statements`; empty where there is none."""
+        with self._explained():
+            self._check_complete()
+            rows = self._connection.execute(
+                "SELECT id, body FROM statements WHERE site = ? ORDER BY id DESC LIMIT 1", (site,)
+            ).fetchall()
+        return self._bodies(rows)[0] if rows else b""
 
     def copy(self, path: Path) -> None:
         """A copy of the whole file at a new ``path``, as it stands at one instant, whoever writes to it meanwhile.
@@ -407,6 +413,13 @@ class Ledger:
                 self._connection.execute("ROLLBACK TO one")
                 self._connection.execute("RELEASE one")
             raise
+
+    def _bodies(self, rows: Iterable[tuple[int, bytes]]) -> tuple[bytes, ...]:
+        found = tuple(rows)
+        for number, body in found:
+            if type(body) is not bytes:  # SQLite stores what it is given, whatever the column says
+                raise LedgerCorrupt(self.path, "it is not a byte string", f"signed word {number}")
+        return tuple(body for _, body in found)
 
     def _roll_back(self) -> None:
         self._complete = None

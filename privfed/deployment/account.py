@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from privfed import config_io, folder, seals
+from privfed import config_io, folder
 from privfed.cohort import Cohort, cohort_of, held_out
 from privfed.config import Config, SideNoise
 from privfed.crypto import keys
@@ -28,14 +28,14 @@ from privfed.privacy.accountant import Accountant
 from privfed.privacy.events import Charge, Gaussian, NoiseSite, PrivacyUnit, to_canonical_json
 from privfed.privacy.ledger import Entry, Ledger, Recorded, utc_now
 from privfed.schedule import ahead
-from privfed.seals import Seal
+from privfed.seals import Seal, SealError
 from privfed.terms import deployment_of, parameter_count, update_size
 
-from . import files, papers
+from . import durable, files, history, papers, runs
 from .consortium import LEDGER as BOOK
 from .consortium import RUNS, Consortium
 from .files import DeploymentError
-from .hospital import LEDGER, LOCK, RESTORED, Hospital, Restored
+from .hospital import LEDGER, LOCK, RESTORED, STATES, Hospital, Restored
 from .signed import coordinator_key
 
 
@@ -47,6 +47,7 @@ class Ran(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         config: its configuration, TOML.
         noise_multiplier, side_noise: σ/C.
         over: it has ended: no round of it comes any more.
+        rounds: how many it has done.
     """
 
     run: str
@@ -54,6 +55,7 @@ class Ran(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     noise_multiplier: float
     side_noise: SideNoise
     over: bool
+    rounds: int
 
 
 class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -82,8 +84,8 @@ def account(consortium: Consortium, site: str) -> bytes:
         raise DeploymentError(f"there is no approved site {site!r}")
     with Ledger(consortium.home / BOOK) as book:
         words = tuple(body.decode() for body in book.statements(site))
-    runs = tuple(_ran(RunFolder.open(path.parent)) for path in sorted((consortium.home / RUNS).glob("*/run.json")))
-    bare = Account(site=site, made=utc_now().isoformat(), words=words, runs=runs)
+    ran = tuple(_ran(RunFolder.open(path.parent)) for path in sorted((consortium.home / RUNS).glob("*/run.json")))
+    bare = Account(site=site, made=utc_now().isoformat(), words=words, runs=ran)
     signature = keys.sign(coordinator_key(consortium.home), bare.statement).hex()
     return msgspec.json.encode(msgspec.structs.replace(bare, signature=signature))
 
@@ -96,6 +98,7 @@ def _ran(home: RunFolder) -> Ran:
         noise_multiplier=facts.noise_multiplier,
         side_noise=facts.side_noise,
         over=(home.path / folder.SUMMARY).exists(),
+        rounds=len(runs.progress(home)),
     )
 
 
@@ -115,15 +118,18 @@ class CaughtUp(msgspec.Struct, frozen=True):
 def catch_up(hospital: Hospital, body: bytes) -> CaughtUp:
     """Charge a restored ledger for what it may lack, and take its mark away.
 
-    A ledger without a mark is taken for restored if one of the site's own words is about an entry that it lacks,
-    or about another ledger: a whole disk was put back. It gets its mark then. Where there is no ledger a new one is
-    begun, with a mark.
+    A ledger without a mark is taken for restored if one of the site's own words is about an entry that it lacks, about
+    another entry in its place, or about another ledger: a whole disk was put back, and may have gone on since. It gets
+    its mark then. Where there is no ledger a new one is begun, with a mark.
+
+    With two histories, an older copy that has gone on and the ledger that the words are about, both count: what the
+    chain holds stays as it is, and what the other one holds beside it is charged at its worst.
 
     Guarantees:
-        Every run of the account is charged for all its rounds at their worst, unless it has ended and the site's last
-        word on it is covered by the restored chain. The site's own signed words are held against the result: none may
-        say more ε than the ledger then has, nor another history. Runs that began before are not gone on with. A mark
-        is not taken away by an account that is older than it.
+        Every run of the account is charged for all its rounds at their worst, unless it has ended and the site's word
+        after its last round is about this very chain. The site's own signed words are held against the result: none may
+        say more ε than the ledger then has. Runs that were charged are not gone on with. A mark is not taken away by an
+        account that is older than it.
 
     Not guaranteed: that the account is complete and true. A coordinator that leaves out words and hides a run, calls it
     over, or says that its noise was larger or that no round was repeated, is not found out by it; your logs and the
@@ -142,67 +148,50 @@ def catch_up(hospital: Hospital, body: bytes) -> CaughtUp:
         dataset = noise.derive_key(key, b"ledger", name.encode()).hex()
         book = held.enter_context(Ledger(hospital.home / LEDGER))
         chain = book.entries(name)
-        mark = hospital.restored or _as_it_is(book, chain)
-        since = caught_up_at(chain)
-        words = [word for word in _words(hospital, given) if word.time > since]
-        _require_one_history(words, chain, mark)
-
-        def covered(word: Seal) -> bool:
-            """Whether what a word is about stands in the chain."""
-            return word.ledger == mark.ledger and word.sequence <= mark.sequence
-
-        if hospital.restored is None:
-            if all(map(covered, words)):
+        words = _words(hospital, given)
+        kept = [word for word in words if history.on_chain(word, book.id, chain)]
+        lost = [word for word in words if word not in kept and history.counts(word, chain)]
+        mark = hospital.restored
+        if mark is None:
+            if not lost:
                 raise DeploymentError(
                     f"{hospital.home / LEDGER} lacks nothing that this site has signed: nothing to catch up on"
                 )
-            files.write(hospital.home / RESTORED, msgspec.json.encode(mark))
+            mark = history.as_it_is(book, chain)
+            hospital.mark(mark)
         if given.made < mark.restored:
             raise DeploymentError(
                 f"the account is of {given.made}; that the ledger lacks spends is known since {mark.restored}, and the "
                 "account may lack some of them too. The site waits; have the coordinator send a new one"
             )
-        seen = {word.run for word in words}
-        late = {word.run for word in words if not covered(word)}
-        settled = {line.entry.run for line in chain if "restored" in line.entry.metadata}
-        open_runs = [ran for ran in given.runs if not (ran.over and ran.run in seen | settled and ran.run not in late)]
+        open_runs = [ran for ran in given.runs if not _is_settled(ran, kept, lost, chain)]
         with book.together():
+            book.begin_run(_caught_up(mark, name, dataset))
             for ran in open_runs:
                 for entry in _worst(hospital, ran, dataset, mark, chain):
                     (book.charge if entry.charges else book.begin_run)(entry)
             charges = book.charges(name, dataset)
-            for word in words:
+            for word in lost:
                 spent = accountant.epsilon(charges, word.delta).value if charges else 0.0
                 said = float("inf") if word.epsilon is None else word.epsilon
-                if not covered(word) and spent < said * (1 - 1e-9):
+                if spent < said * (1 - 1e-9):
                     raise DeploymentError(
                         f"this site's own word after round {word.round + 1} of {word.run} says that ε = {said:.4g} was "
                         f"spent; with all runs of the account the ledger has {spent:.4g}: a run is missing from it. "
                         "Nothing was written; call the coordinator"
                     )
         total = accountant.epsilon(charges, delta).value if charges else 0.0
-    (hospital.home / RESTORED).unlink(missing_ok=True)
+        for run in _charged(book.entries(name)):
+            durable.forget(hospital.home / STATES, run)
+        (hospital.home / RESTORED).unlink(missing_ok=True)
     return CaughtUp(tuple(ran.run for ran in open_runs), total, delta)
-
-
-def caught_up_at(chain: Iterable[Recorded]) -> str:
-    """When a chain was last charged for what it lacked, ISO 8601; empty if it never was."""
-    return max((line.time for line in chain if "restored" in line.entry.metadata), default="")
 
 
 def _mark_if_lost(hospital: Hospital) -> None:
     """Mark a site whose ledger is gone, before a new one stands in its place."""
     if not (hospital.home / LEDGER).exists() and hospital.restored is None:
         now = utc_now().isoformat()
-        mark = Restored(ledger="", sequence=0, head="", made=now, restored=now)
-        files.write(hospital.home / RESTORED, msgspec.json.encode(mark))
-
-
-def _as_it_is(book: Ledger, chain: tuple[Recorded, ...]) -> Restored:
-    """The mark of a ledger that nobody marked."""
-    now = utc_now().isoformat()
-    head = chain[-1].hash if chain else ""
-    return Restored(ledger=book.id, sequence=len(chain), head=head, made=now, restored=now)
+        hospital.mark(Restored(ledger="", sequence=0, head="", made=now, restored=now))
 
 
 def _read(body: bytes, hospital: Hospital) -> Account:
@@ -218,28 +207,42 @@ def _read(body: bytes, hospital: Hospital) -> Account:
 
 def _words(hospital: Hospital, given: Account) -> list[Seal]:
     """This site's own words."""
-    own = {hospital.identity.member.ledger_key.hex(), *hospital.former_keys}
-    found = []
-    for text in given.words:
-        try:
-            word = seals.read(text.encode())
-        except seals.SealError as error:
-            raise DeploymentError(f"the account has a word that this site never gave: {error}") from None
-        if word.key not in own or word.site != hospital.file.name:
-            raise DeploymentError("the account has a word of another site, or under keys that are not this site's")
-        found.append(word)
-    return found
+    own = history.own_keys(hospital)
+    try:
+        return [history.own_word(text.encode(), hospital.file.name, own) for text in given.words]
+    except SealError as error:
+        raise DeploymentError(f"the account has {error}") from None
 
 
-def _require_one_history(words: list[Seal], chain: tuple[Recorded, ...], mark: Restored) -> None:
-    """Return if the words on the restored ledger are about its own entries. Raises `DeploymentError`."""
-    for word in words:
-        here = word.ledger == mark.ledger and 0 < word.sequence <= mark.sequence
-        if here and chain[word.sequence - 1].hash != word.head:
-            raise DeploymentError(
-                f"the restored ledger and this site's own word after round {word.round + 1} of {word.run} are of two "
-                "histories: this is not the backup of that ledger. Call the coordinator"
-            )
+def _is_settled(ran: Ran, kept: Iterable[Seal], lost: Iterable[Seal], chain: Iterable[Recorded]) -> bool:
+    """Whether all that a run spent stands in the chain.
+
+    Args:
+        kept, lost: the site's words that are about this chain, and those that are not.
+    """
+    if any(word.run == ran.run for word in lost):
+        return False
+    done = ran.over and any(word.run == ran.run and word.round >= ran.rounds - 1 for word in kept)
+    return done or ran.run in _charged(chain)
+
+
+def _charged(chain: Iterable[Recorded]) -> set[str]:
+    """The runs that were charged when a ledger had caught up, all their rounds: none of them is gone on with."""
+    return {run for line in chain if (run := line.entry.metadata.get("charged")) is not None}
+
+
+def _caught_up(mark: Restored, site: str, dataset: str) -> Entry:
+    """That a ledger was charged for what it lacked, also where that came to nothing: its earlier words are settled."""
+    return Entry(
+        kind="run",
+        site=site,
+        dataset=dataset,
+        run=f"caught up {mark.restored}",
+        round=0,
+        unit=PrivacyUnit.NONE,
+        noise=NoiseSite.LOCAL,
+        metadata={"restored": mark.made},
+    )
 
 
 def _worst(hospital: Hospital, ran: Ran, dataset: str, mark: Restored, chain: tuple[Recorded, ...]) -> Iterator[Entry]:
@@ -262,7 +265,11 @@ def _worst(hospital: Hospital, ran: Ran, dataset: str, mark: Restored, chain: tu
         "unit": config.privacy.unit,
         "insecure_seed": hospital.file.study is not None,
     }
-    restored = {"restored": mark.made, "config": hashlib.sha256(ran.config.encode()).hexdigest()}
+    restored = {
+        "restored": mark.made,
+        "charged": ran.run,
+        "config": hashlib.sha256(ran.config.encode()).hexdigest(),
+    }
     if all(line.entry.run != ran.run for line in chain):
         yield Entry(kind="run", run=ran.run, noise=config.privacy.noise, metadata=restored, **about)
     for number, (noise_site, charges) in enumerate(spends):

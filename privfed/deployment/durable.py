@@ -196,6 +196,11 @@ class DurableSite:
         return self._states / f"{self._name}.{what}"
 
 
+def forget(states: Path, run: str) -> None:
+    """Have a run not gone on with; its personal model stays. What a site kept of it is of another history."""
+    (states / f"{_name(run)}.json").unlink(missing_ok=True)
+
+
 def _name(run: str) -> str:
     """What a run's files are called."""
     return hashlib.sha256(run.encode()).hexdigest()[:32]

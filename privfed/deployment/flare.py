@@ -14,9 +14,10 @@ from privfed.errors import PrivfedError
 from . import files, kits, preflight
 from .blocks import JOIN_SECONDS, Block, do_block
 from .consortium import LAST, Consortium
+from .history import Reminded
 from .hospital import Hospital
 from .inspection import Inspector, Order
-from .signed import SignedHandler, SigningEngine, coordinator_key
+from .signed import SignedHandler, SigningEngine, coordinator_key, reminding
 
 LEAVE_SECONDS = 20.0
 """How long an earlier job of the same site may take to end."""
@@ -39,9 +40,8 @@ class CoordinatorController(ExchangeController):
         note(home, "")
         try:
             block = files.parse_toml(job.encode(), Block, "the job")
-            consortium = Consortium(home)
-            signing = SigningEngine(engine, consortium.terms, coordinator_key(home))
-            do_block(consortium, block, signing, lambda sites: engine.wait_for(sites, block.join_seconds))
+            with reminding(engine, Consortium(home)) as signing:
+                do_block(Consortium(home), block, signing, lambda sites: engine.wait_for(sites, block.join_seconds))
         except EngineStopped:
             logger.info("the block was ended")
         except PrivfedError as error:
@@ -64,7 +64,7 @@ class SiteExecutor(ExchangeExecutor):
             if _preflight(job) is not None:
                 return SignedHandler(Inspector(lambda: _own(home, site)), hospital.terms, site)
             opened = self._open.enter_context(hospital.opened(wait_seconds=LEAVE_SECONDS))
-            return SignedHandler(opened, hospital.terms, site)
+            return SignedHandler(opened, hospital.terms, site, admit=Reminded(hospital))
         except Exception as error:  # the others go on without this site, and its people find out why
             self._open.close()
             # It may name local files: they stay in this log

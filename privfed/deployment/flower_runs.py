@@ -16,7 +16,7 @@ from . import files, papers, runs, woken
 from .blocks import JOIN_SECONDS, Block, do_block
 from .consortium import Consortium
 from .files import DeploymentError
-from .signed import SigningEngine, coordinator_key
+from .signed import reminding
 
 _ALL_ROUNDS = 100_000
 
@@ -42,8 +42,8 @@ def coordinate(grid: Grid, home: Path, *, experiment: str = "", run: str = "") -
     with files.locked(found.path / runs.DRIVER, str(found.path)):
         (found.path / runs.STOP).unlink(missing_ok=True)
         block = Block(found.path.name, _ALL_ROUNDS)
-        signing = SigningEngine(engine, consortium.terms, coordinator_key(consortium.home))
-        do_block(consortium, block, signing, lambda sites: engine.wait_for(sites, JOIN_SECONDS))
+        with reminding(engine, consortium) as signing:
+            do_block(consortium, block, signing, lambda sites: engine.wait_for(sites, JOIN_SECONDS))
     return _finished(found)
 
 

@@ -84,12 +84,13 @@ class SiteFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class Restored(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """restored.json: the ledger is a backup's, or a new one in the place of one that was lost: it may lack spends.
+    """restored.json: the ledger is a backup's, an older copy, or a new one for one that was lost: it may lack spends.
 
     Args:
         ledger: its id; empty where it was lost.
         sequence, head: its last entry, and that entry's hash in hex.
-        made, restored: when the backup was made, and put back; UTC, ISO 8601.
+        made, restored: when the backup was made, and put back; both when it was found, for a ledger that no `restore`
+            put there. UTC, ISO 8601.
     """
 
     ledger: str
@@ -329,6 +330,10 @@ class Hospital:
         path = self.home / RESTORED
         return msgspec.json.decode(files.read(path), type=Restored) if path.exists() else None
 
+    def mark(self, mark: Restored) -> None:
+        """From now on the site takes part in nothing, until `account.catch_up` takes the mark away."""
+        files.write(self.home / RESTORED, msgspec.json.encode(mark))
+
     def require_ledger(self) -> None:
         """Return if the ledger is there. A new one in its place would know of no spend. Raises `DeploymentError`."""
         if not (self.home / LEDGER).exists():
@@ -338,17 +343,17 @@ class Hospital:
             )
 
     def require_current(self) -> None:
-        """Return if the ledger is there, and was not restored without being charged for what it may lack.
+        """Return if the ledger is there, and was not put back without being charged for what it may lack.
 
         Raises:
-            DeploymentError: it is gone, or was restored; says what to do.
+            DeploymentError: it is gone, or was put back; says what to do.
         """
         self.require_ledger()
         if (mark := self.restored) is not None:
             raise DeploymentError(
-                f"{self.home / LEDGER} was restored from a backup of {mark.made} with {mark.sequence} entries: what "
-                "was spent since is not in it. Have the coordinator send an account (privfed consortium account), then "
-                f"privfed site catch-up {self.home} FILE"
+                f"{self.home / LEDGER} was restored from a backup, or is a copy that was put back: what was spent "
+                f"beside its {mark.sequence} entries of {mark.made} is not in it. Have the coordinator send an account "
+                f"(privfed consortium account), then privfed site catch-up {self.home} FILE"
             )
 
     def records(self) -> SiteData:

@@ -35,7 +35,7 @@ from privfed.privacy.errors import PrivacyError
 from privfed.privacy.ledger import Ledger, utc_now
 
 from . import files, kits, papers
-from .account import caught_up_at
+from .history import caught_up_at
 from .hospital import KIT, LEDGER, Hospital
 from .site_status import would_refuse
 
@@ -67,9 +67,11 @@ class Look(msgspec.Struct, frozen=True, tag="look"):
 
     Args:
         experiment: a `Config` in MessagePack, which another version may not be able to read; empty for none.
+        sequences: entries of the site's chain that the coordinator has words of this site about.
     """
 
     experiment: bytes = b""
+    sequences: tuple[int, ...] = ()
 
 
 class Dry(msgspec.Struct, frozen=True, tag="dry", kw_only=True):
@@ -124,6 +126,7 @@ class About(msgspec.Struct, frozen=True, tag="about", kw_only=True):
         columns: those that its table lacks or that hold something else, with what is wrong.
         refuses: what it would say to the experiment; empty if it would take part.
         ledger, entries: id of its ledger, and how many entries its chain has.
+        heads: entry → hash in hex, of those it was asked about.
         caught_up: when it was last charged for what it had lost, ISO 8601; empty if it never was.
     """
 
@@ -139,6 +142,7 @@ class About(msgspec.Struct, frozen=True, tag="about", kw_only=True):
     refuses: str = ""
     ledger: str = ""
     entries: int = 0
+    heads: dict[int, str] = {}
     caught_up: str = ""
 
 
@@ -197,6 +201,16 @@ class Inspector:
             hospital = self._open_site()
             roster, terms = hospital.roster, hospital.terms
             _ = hospital.identity, hospital.policy
+            hospital.require_ledger()
+            with Ledger(hospital.home / LEDGER) as book:
+                chain = book.entries(hospital.file.name)
+                asked = (number for number in look.sequences if 0 < number <= len(chain))
+                known |= {
+                    "ledger": book.id,
+                    "entries": len(chain),
+                    "heads": {number: chain[number - 1].hash for number in asked},
+                    "caught_up": caught_up_at(chain),
+                }
             hospital.require_current()
             known |= {
                 "roster": roster.version,
@@ -206,9 +220,6 @@ class Inspector:
                 "task": terms.task,
                 "columns": column_faults(terms.data, terms.task, hospital.file.data),
             }
-            with Ledger(hospital.home / LEDGER) as book:
-                chain = book.entries(hospital.file.name)
-                known |= {"ledger": book.id, "entries": len(chain), "caught_up": caught_up_at(chain)}
             fits = not known["columns"]
             if fits and not is_database(hospital.file.data):
                 hospital.records()

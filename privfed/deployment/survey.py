@@ -1,6 +1,6 @@
 """The coordinator's questions to all sites before a run, and what their answers come to."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -23,10 +23,8 @@ from privfed.terms import checked_encoding, key_holder_of, needs_key_holder, par
 
 from . import runs
 from .consortium import LEDGER, Consortium
+from .history import CLOCK_SECONDS
 from .inspection import COMPARED, About, Dry, Look, Order, Said, agreement_faults, decode_reply, versions
-
-CLOCK_SECONDS = 60.0
-"""How far a site's clock may be from the coordinator's: certificates, hours and signed dates go by it."""
 
 ANSWER_SECONDS = 120.0
 SAMPLE = {"dim": 16, "bound": 1000}
@@ -69,9 +67,11 @@ def survey(
     roster = runs.roster_of(consortium)
     names = {member.name for member in roster.members}
     here = present(names)
-    look = msgspec.msgpack.encode(Look(b"" if config is None else msgspec.msgpack.encode(config)))
+    words = _words(consortium, names)
+    experiment = b"" if config is None else msgspec.msgpack.encode(config)
+    asked = {name: Look(experiment, tuple(sorted({word.sequence for word in words[name]}))) for name in sorted(here)}
     before = clock().timestamp()
-    raw = engine.exchange(dict.fromkeys(sorted(here), look), ANSWER_SECONDS)
+    raw = engine.exchange({name: msgspec.msgpack.encode(look) for name, look in asked.items()}, ANSWER_SECONDS)
     after = clock().timestamp()
     found: dict[str, About] = {}
     for name, body in sorted(raw.items()):
@@ -93,7 +93,7 @@ def survey(
         _versions(found),
         _rosters(found, roster, consortium),
         *_tables(found, consortium),
-        _ledgers(found, consortium),
+        _ledgers(found, words, consortium),
         _ready(found),
         *_experiment(found, config),
         _dry_sum(consortium, config, order, engine, roster, set(found)),
@@ -181,21 +181,33 @@ def _tables(found: Mapping[str, About], consortium: Consortium) -> Iterable[Find
     )
 
 
-def _ledgers(found: Mapping[str, About], consortium: Consortium) -> Finding:
-    """Whether some site's ledger has lost entries that the site has signed."""
-    wrong = {}
+def _words(consortium: Consortium, names: Iterable[str]) -> dict[str, list[seals.Seal]]:
+    """Every word that the sites have signed, by site, in the order in which they came."""
     with Ledger(consortium.home / LEDGER) as book:
-        for site, about in found.items():
-            words = [word for word in map(seals.read, book.statements(site)) if word.time > about.caught_up]
-            most = max((word.sequence for word in words if word.ledger == about.ledger), default=0)
-            if about.ledger and about.entries < most:
-                wrong[site] = f"its ledger has {about.entries} entries, its own signed word is about entry {most}"
-            elif about.ledger and words and words[-1].ledger != about.ledger:
-                wrong[site] = "it has another ledger than the one that its last signed word is about"
+        return {name: [seals.read(body) for body in book.statements(name)] for name in names}
+
+
+def _ledgers(found: Mapping[str, About], words: Mapping[str, Sequence[seals.Seal]], consortium: Consortium) -> Finding:
+    """Whether some site's ledger is not the one that its own signed words are about."""
+    wrong = {}
+    for site, about in found.items():
+        # What words of before a catching up are about was charged then
+        for word in (word for word in words[site] if about.ledger and word.time > about.caught_up):
+            if word.ledger != about.ledger:
+                wrong[site] = "it has another ledger than the one that its signed words are about"
+            elif about.entries < word.sequence:
+                wrong[site] = (
+                    f"its ledger has {about.entries} entries, its own signed word is about entry {word.sequence}"
+                )
+            elif word.sequence and about.heads.get(word.sequence) != word.head:
+                wrong[site] = (
+                    f"entry {word.sequence} of its ledger is another than the one that its own signed word is about: "
+                    "an older copy that has gone on"
+                )
     return _site_by_site(
         "ledgers",
         wrong,
-        "none lacks an entry that its site has signed",
+        "every entry that its site has signed is there",
         f"it was lost, or an older copy was put back: stop it, send it privfed consortium account {consortium.home} "
         "SITE, and have it type privfed site catch-up",
     )

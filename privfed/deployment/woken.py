@@ -19,8 +19,9 @@ from privfed.policy import PolicyRefusal
 
 from .deposits import DepositRefused, Deposits
 from .durable import DurableSite
+from .history import Astray, Reminded
 from .hospital import JOURNAL, Hospital
-from .signed import NotSigned, opened
+from .signed import NotSigned, opened, refusal
 
 LEAVE_SECONDS = 20.0
 """How long an earlier process of the same site may take to end."""
@@ -37,12 +38,17 @@ class _Left(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def answer_signed(home: Path, request: bytes, deposit: bytes) -> tuple[bytes, bytes]:
-    """`answer` to what the coordinator has signed for this site; all else is refused, and what was left stays left."""
+    """`answer` to what the coordinator has signed for this site and `Reminded` lets in.
+
+    All else is refused, and what was left stays left.
+    """
     hospital = Hospital.open(home)
     try:
-        return answer(home, opened(request, hospital.terms, hospital.file.name), deposit)
-    except NotSigned as error:
-        return error.refusal, deposit
+        found = opened(request, hospital.terms, hospital.file.name)
+        Reminded(hospital)(found)
+    except (NotSigned, Astray) as error:
+        return refusal(error), deposit
+    return answer(home, found.body, deposit)
 
 
 def answer(home: Path, request: bytes, deposit: bytes) -> tuple[bytes, bytes]:

@@ -1,7 +1,7 @@
 """A consortium of three hospitals in folders, with everything but FLARE: its certificates and kits are left away."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,11 +12,17 @@ from sklearn.datasets import load_breast_cancer
 
 from privfed import config_io
 from privfed.config import Config, Policy
+from privfed.crypto import keys
 from privfed.deployment import kits, papers
+from privfed.deployment.blocks import Block, do_block
 from privfed.deployment.consortium import Consortium
 from privfed.deployment.durable import DurableSite
-from privfed.deployment.files import write_toml
+from privfed.deployment.files import DeploymentError, write_toml
+from privfed.deployment.history import Reminded
 from privfed.deployment.hospital import SITE, Hospital, Strict, Study
+from privfed.deployment.signed import SignedHandler, reminding
+from privfed.engines.contract import Engine, Handler
+from privfed.engines.local import LocalEngine
 
 SITES = ("north", "south", "west")
 SEED = 7
@@ -155,9 +161,62 @@ def at_work(home: Path) -> Iterator[dict[str, DurableSite]]:
         yield {site: stack.enter_context(Hospital.open(home / site).opened()) for site in SITES}
 
 
+class Tapped:
+    """An engine on whose line somebody listens."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.seen: list[dict[str, bytes]] = []
+
+    def exchange(self, requests: Mapping[str, bytes], deadline_seconds: float) -> Mapping[str, bytes]:
+        self.seen.append(dict(requests))
+        return self._engine.exchange(self.seen[-1], deadline_seconds)
+
+
+def signed_sites(home: Path, sites: Mapping[str, Handler]) -> dict[str, SignedHandler]:
+    """Sites that read what the coordinator has signed for them, as in a job with rounds."""
+    there = {site: Hospital.open(home / site) for site in sites}
+    return {
+        site: SignedHandler(one, there[site].terms, site, admit=Reminded(there[site])) for site, one in sites.items()
+    }
+
+
+def signed_block(consortium: Consortium, run: str, rounds: int) -> list[dict[str, bytes]]:
+    """A job whose requests are signed; what went over the line. A site that can not work is not there."""
+    home = consortium.home.parent
+    with ExitStack() as stack:
+        sites: dict[str, Handler] = {}
+        for site in SITES:
+            with suppress(DeploymentError):
+                sites[site] = stack.enter_context(Hospital.open(home / site).opened())
+        line = Tapped(LocalEngine(signed_sites(home, sites)))
+        do_block(consortium, Block(run, rounds), stack.enter_context(reminding(line, consortium)), set)
+    return line.seen
+
+
+def body_of(request: bytes) -> bytes:
+    """The message in a signed request."""
+    start = keys.SIGNATURE_BYTES + 4
+    return request[start + int.from_bytes(request[start - 4 : start], "big") :]
+
+
 def hospital(consortium: Consortium, name: str = "north") -> Hospital:
     """A site of `found`, opened anew."""
     return Hospital.open(consortium.home.parent / name)
 
 
-__all__ = ["SEED", "SITES", "at_work", "experiment", "found", "hospital", "papers", "tables", "without_flare"]
+__all__ = [
+    "SEED",
+    "SITES",
+    "Tapped",
+    "at_work",
+    "body_of",
+    "experiment",
+    "found",
+    "hospital",
+    "papers",
+    "signed_block",
+    "signed_sites",
+    "tables",
+    "without_flare",
+]

@@ -226,21 +226,24 @@ def test_an_account_of_somebody_else_is_refused(consortium: Consortium, config: 
     assert north.restored is not None
 
 
-def test_a_copy_that_went_on_by_itself_is_not_the_ledger_of_the_words(
+def test_a_backup_of_a_copy_that_went_on_by_itself_counts_beside_what_the_words_are_about(
     consortium: Consortium, config: Config, tmp_path: Path
 ) -> None:
     """Two machines that both were this site: the chains part, and the words are of the other one."""
     first = saved(consortium, tmp_path)
-    block(consortium, runs.begin(consortium, config), 1)
-    with_words = account.account(consortium, "north")
+    forgotten = runs.begin(consortium, config)
+    block(consortium, forgotten, 1)
     home = lost(consortium)
     backup.restore(home, first)
     (home / RESTORED).unlink()  # by hand, as nobody should
+    open_to_more = msgspec.structs.replace(hospital(consortium).policy, max_epsilon=20.0)
+    files.write_toml(home / POLICY, open_to_more, comment="As it was agreed.")
     block(consortium, runs.begin(consortium, config), 1)
+    kept = spends(home / LEDGER, "north")
     backup.make(hospital(consortium), tmp_path / "second")
     backup.restore(lost(consortium), (tmp_path / "second").read_bytes())
-    with pytest.raises(DeploymentError, match="of two histories"):
-        account.catch_up(hospital(consortium), with_words)
+    done = account.catch_up(hospital(consortium), account.account(consortium, "north"))
+    assert forgotten.path.name in done.charged and spends(home / LEDGER, "north")[: len(kept)] == kept
 
 
 def test_a_disk_that_was_put_back_whole_is_found_by_the_preflight_and_catches_up(

@@ -1,7 +1,7 @@
 """Requests of the coordinator: signed by it, for one site; and what comes of old ones."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -11,14 +11,13 @@ from privfed import wire
 from privfed.config import Config
 from privfed.crypto import keys
 from privfed.deployment import runs
-from privfed.deployment.blocks import Block, do_block
 from privfed.deployment.consortium import Consortium
-from privfed.deployment.hospital import LEDGER, STATES, Hospital
+from privfed.deployment.hospital import LEDGER, STATES
 from privfed.deployment.papers import Terms
 from privfed.deployment.signed import SignedHandler, SigningEngine, coordinator_key
 from privfed.engines.local import LocalEngine
 from tests.privfed.deployment import house
-from tests.privfed.deployment.house import SITES
+from tests.privfed.deployment.house import SITES, body_of, signed_block, signed_sites
 from tests.privfed.deployment.test_blocks import INSECURE, spends
 
 
@@ -44,18 +43,6 @@ class Recording:
         return b"an answer"
 
 
-class Tapped:
-    """An engine on whose line somebody listens."""
-
-    def __init__(self, engine: LocalEngine) -> None:
-        self._engine = engine
-        self.seen: list[dict[str, bytes]] = []
-
-    def exchange(self, requests: Mapping[str, bytes], deadline_seconds: float) -> Mapping[str, bytes]:
-        self.seen.append(dict(requests))
-        return self._engine.exchange(self.seen[-1], deadline_seconds)
-
-
 def refusal(reply: bytes) -> wire.Refusal:
     message = wire.decode_reply(reply)
     assert isinstance(message, wire.Refusal)
@@ -63,23 +50,9 @@ def refusal(reply: bytes) -> wire.Refusal:
 
 
 def signed_for(site: str, body: bytes, terms: Terms, private: bytes) -> bytes:
-    line = Tapped(LocalEngine({}))
+    line = house.Tapped(LocalEngine({}))
     SigningEngine(line, terms, private).exchange({site: body}, 1.0)
     return line.seen[0][site]
-
-
-def at_work(home: Path, sites: Mapping[str, object]) -> dict[str, SignedHandler]:
-    return {site: SignedHandler(one, Hospital.open(home / site).terms, site) for site, one in sites.items()}  # type: ignore[arg-type]
-
-
-def did_rounds(consortium: Consortium, name: str, rounds: int) -> list[dict[str, bytes]]:
-    """What went over the line."""
-    home = consortium.home.parent
-    with house.at_work(home) as sites:
-        line = Tapped(LocalEngine(at_work(home, sites)))
-        signing = SigningEngine(line, consortium.terms, coordinator_key(consortium.home))
-        do_block(consortium, Block(name, rounds), signing, set)
-    return line.seen
 
 
 def books(consortium: Consortium) -> list[object]:
@@ -97,7 +70,7 @@ def test_the_key_that_signs_is_the_one_of_the_terms_and_is_in_no_kit(consortium:
 
 def test_a_run_over_signed_requests_goes_to_its_end(consortium: Consortium, config: Config) -> None:
     run = runs.begin(consortium, config)
-    did_rounds(consortium, run.path.name, 3)
+    signed_block(consortium, run.path.name, 3)
     summary = runs.finished(run)
     assert summary is not None and summary.complete and not summary.refusals
 
@@ -130,11 +103,11 @@ def test_signed_requests_that_come_again_spend_nothing_and_get_no_second_answer(
     consortium: Consortium, config: Config
 ) -> None:
     run = runs.begin(consortium, config)
-    seen = did_rounds(consortium, run.path.name, 2)
+    seen = signed_block(consortium, run.path.name, 2)
     before, home = books(consortium), consortium.home.parent
     with house.at_work(home) as sites:
-        handlers = at_work(home, sites)
-        begins = [one for one in seen if wire.decode_request(one["north"][64:]).step == "advertise"]
+        handlers = signed_sites(home, sites)
+        begins = [one for one in seen if wire.decode_request(body_of(one["north"])).step == "advertise"]
         assert len(begins) >= 2
         first, last = begins[0], begins[-1]
         assert "can not go back" in refusal(handlers["north"].handle(first["north"])).reason
@@ -147,14 +120,14 @@ def test_signed_requests_that_come_again_spend_nothing_and_get_no_second_answer(
 def test_a_run_whose_states_a_site_has_lost_is_not_gone_on_with(consortium: Consortium, config: Config) -> None:
     """As after a restore: with other states the update would be another one, under noise that was used."""
     run = runs.begin(consortium, config)
-    seen = did_rounds(consortium, run.path.name, 2)
+    seen = signed_block(consortium, run.path.name, 2)
     before, home = books(consortium), consortium.home.parent
     shutil.rmtree(home / "north" / STATES)
     (home / "north" / "journal.db").unlink()
     with house.at_work(home) as sites:
-        handlers = at_work(home, sites)
+        handlers = signed_sites(home, sites)
         for one in seen:
-            message = wire.decode_request(one["north"][64:])
+            message = wire.decode_request(body_of(one["north"]))
             said = refusal(handlers["north"].handle(one["north"]))
             assert isinstance(message, wire.Step) or "lost its working memory" in said.reason
     assert books(consortium) == before

@@ -169,7 +169,7 @@ def south_ahead(tmp_path: Path, environment: dict[str, str]) -> Iterator[tuple[A
         yield loopback, config, path
 
 
-def test_a_clock_a_day_ahead_is_named_before_the_run_and_changes_no_sum(
+def test_a_clock_a_day_ahead_is_named_before_the_run_and_every_order_is_too_old_by_it(
     tmp_path: Path, shifted: Callable[[int], dict[str, str]]
 ) -> None:
     with south_ahead(tmp_path, shifted(86_400)) as (loopback, config, path):
@@ -178,9 +178,12 @@ def test_a_clock_a_day_ahead_is_named_before_the_run_and_changes_no_sum(
         assert [what for what, one in found.items() if not one["ok"]] == ["clocks"]
         site, seconds, *words = found["clocks"]["found"].split()
         assert site == "south:" and 86_300 < float(seconds) < 86_500 and words == ["s", "ahead"]
-        _, errors = (submitted := loopback.submit(path)).communicate(timeout=300)
-        assert submitted.returncode == 0, errors.decode()
-        same_as_in_process(tmp_path, config, loopback.run())
+        out, errors = (submitted := loopback.submit(path)).communicate(timeout=300)
+        assert submitted.returncode == 3, errors.decode()
+        reports = runs.progress(loopback.run())
+        assert reports and all("deadline is over for 86" in report.refused["south"] for report in reports)
+        assert not any(report.contributed for report in reports) and json.loads(out)["complete"] is False
+        assert all(charged(tmp_path, site) == [] for site in SITES)
 
 
 def test_a_site_whose_certificate_does_not_count_yet_by_its_clock_is_not_let_in(
