@@ -569,7 +569,7 @@ class Site:
         promised = (plan.config, fixed, plan.side_noise)
         if self._run == (plan.run, promised):
             return
-        self.book.begin_run(plan, promised)
+        self.book.begin_run(plan)
         if self._run is not None and self._run[0] != plan.run:
             self._split, self._private, self._local_only, self._measured = None, None, None, None
             self._shared, self._after = None, None

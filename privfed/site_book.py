@@ -15,7 +15,7 @@ from privfed.privacy.events import Charge, NoiseSite, PrivacyUnit, from_canonica
 from privfed.privacy.ledger import Entry, Ledger
 
 from . import wire
-from .config import Config, Policy
+from .config import Config, Policy, SideNoise
 from .errors import LedgerKeyError
 from .grid import Grid
 from .policy import PolicyRefusal
@@ -37,6 +37,15 @@ class Attempt:
     def key(self) -> tuple[str, int, int]:
         """Run, round and attempt, as the ledger has them."""
         return run_of(self.plan.run, self.purpose), self.plan.round, self.plan.attempt
+
+
+def terms_digest(config: Config, noise_multiplier: float, side_noise: SideNoise) -> str:
+    """Hex SHA-256 of what a run promises, as a site's ledger has it from the run's first round on.
+
+    With `privacy.schedule = "spend"` σ/C changes from round to round, and is no part of it.
+    """
+    fixed = noise_multiplier if config.privacy.schedule == "constant" else None
+    return hashlib.sha256(msgspec.msgpack.encode((config, fixed, side_noise))).hexdigest()
 
 
 class SiteBook:
@@ -102,7 +111,7 @@ class SiteBook:
         """Whether some release of this site, in whatever run, had noise that others can recompute: its ε is void."""
         return any(line.entry.insecure_seed for line in self._ledger.entries(self.name) if line.entry.charges)
 
-    def begin_run(self, plan: wire.RoundPlan, promised: object) -> None:
+    def begin_run(self, plan: wire.RoundPlan) -> None:
         """Have what a run promises on disk before its first round, and hold it to that ever after.
 
         Raises:
@@ -119,7 +128,7 @@ class SiteBook:
             noise=config.privacy.noise,
             insecure_seed=self._insecure,
             metadata={
-                "terms": hashlib.sha256(msgspec.msgpack.encode(promised)).hexdigest(),
+                "terms": terms_digest(config, plan.noise_multiplier, plan.side_noise),
                 "method": str(type(config.method).__struct_config__.tag),
             },
         )

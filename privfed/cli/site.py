@@ -189,6 +189,8 @@ def catch_up(home: Home, file: Annotated[Path, typer.Argument(help="The coordina
     for run in done.charged:
         typer.echo(f"charged for all its rounds: {run}")
     typer.echo(f"spent: ε = {done.epsilon:.4g} at δ = {done.delta:g}, all runs together")
+    if done.outdated:
+        typer.echo(f"This site's keys are of before they were changed. Make new ones: privfed site rotate {home}")
 
 
 @policy.command("check")

@@ -4,7 +4,6 @@ The coordinator keeps each site's signed words and every run's configuration and
 its ledger may lack at its worst: every round of every run that is not known to lie before the backup.
 """
 
-import hashlib
 import tomllib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from privfed.config import Config, SideNoise
 from privfed.crypto import keys
 from privfed.crypto.digest import digest
 from privfed.crypto.errors import RemoteProtocolError
+from privfed.crypto.roster import Roster, load_roster
 from privfed.data.tables import Table
 from privfed.errors import PrivfedError
 from privfed.folder import RunFolder
@@ -29,13 +29,14 @@ from privfed.privacy.events import Charge, Gaussian, NoiseSite, PrivacyUnit, to_
 from privfed.privacy.ledger import Entry, Ledger, Recorded, utc_now
 from privfed.schedule import ahead
 from privfed.seals import Seal, SealError
+from privfed.site_book import terms_digest
 from privfed.terms import deployment_of, parameter_count, update_size
 
 from . import durable, files, history, papers, runs
 from .consortium import LEDGER as BOOK
 from .consortium import RUNS, Consortium
 from .files import DeploymentError
-from .hospital import LEDGER, LOCK, RESTORED, STATES, Hospital, Restored
+from .hospital import ACCOUNTS, LEDGER, LOCK, RESTORED, STATES, Hospital, Restored
 from .signed import coordinator_key
 
 
@@ -64,6 +65,7 @@ class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     Args:
         words: the site's own signed words, in the order in which they came.
         runs: all runs of the consortium.
+        rosters: every version, hex, each signed by the offline authority: which keys were the site's.
         signature: the coordinator's, over everything else, hex.
     """
 
@@ -71,6 +73,7 @@ class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     made: str
     words: tuple[str, ...]
     runs: tuple[Ran, ...]
+    rosters: tuple[str, ...] = ()
     signature: str = ""
 
     @property
@@ -85,7 +88,8 @@ def account(consortium: Consortium, site: str) -> bytes:
     with Ledger(consortium.home / BOOK) as book:
         words = tuple(body.decode() for body in book.statements(site))
     ran = tuple(_ran(RunFolder.open(path.parent)) for path in sorted((consortium.home / RUNS).glob("*/run.json")))
-    bare = Account(site=site, made=utc_now().isoformat(), words=words, runs=ran)
+    rosters = tuple(files.read(path).hex() for path in consortium.roster_files())
+    bare = Account(site=site, made=utc_now().isoformat(), words=words, runs=ran, rosters=rosters)
     signature = keys.sign(coordinator_key(consortium.home), bare.statement).hex()
     return msgspec.json.encode(msgspec.structs.replace(bare, signature=signature))
 
@@ -108,11 +112,13 @@ class CaughtUp(msgspec.Struct, frozen=True):
     Args:
         charged: the runs that were charged, all their rounds.
         epsilon: what the ledger now has, at ``delta``.
+        outdated: the site's keys are of before it changed them: it needs new ones before it takes part.
     """
 
     charged: tuple[str, ...]
     epsilon: float
     delta: float
+    outdated: bool = False
 
 
 def catch_up(hospital: Hospital, body: bytes) -> CaughtUp:
@@ -122,18 +128,24 @@ def catch_up(hospital: Hospital, body: bytes) -> CaughtUp:
     another entry in its place, or about another ledger: a whole disk was put back, and may have gone on since. It gets
     its mark then. Where there is no ledger a new one is begun, with a mark.
 
+    Words under keys that the site had after its backup count by the rosters that name them. The site does not have
+    these keys any more: it then holds to the newest roster, in which it can not take part, and needs new ones.
+
     With two histories, an older copy that has gone on and the ledger that the words are about, both count: what the
     chain holds stays as it is, and what the other one holds beside it is charged at its worst.
 
     Guarantees:
         Every run of the account is charged for all its rounds at their worst, unless it has ended and the site's word
         after its last round is about this very chain. The site's own signed words are held against the result: none may
-        say more ε than the ledger then has. Runs that were charged are not gone on with. A mark is not taken away by an
-        account that is older than it.
+        say more ε than the ledger then has. What it says of a run that the chain has begun is what the chain has: the
+        configuration and the noise, by their digest. Runs that were charged are not gone on with. A mark is not taken
+        away by an account that is older than it. The account stays in the site's folder, and its digest, its signature
+        and the digest of what it says of each run stand in the chain.
 
-    Not guaranteed: that the account is complete and true. A coordinator that leaves out words and hides a run, calls it
-    over, or says that its noise was larger or that no round was repeated, is not found out by it; your logs and the
-    other sites know of the run.
+    Not guaranteed: that the account is complete and true where the chain knows nothing. A coordinator that leaves out
+    words and hides a run, calls it over, or says of a run that began after the backup that its noise was larger or that
+    no round was repeated, is not found out by this site alone. It has signed it: the chain of any other site of the run
+    has the digest of its true configuration and noise, and shows the lie.
 
     Raises:
         DeploymentError: the ledger lacks nothing, the account is not this coordinator's for this site, or is older than
@@ -148,7 +160,9 @@ def catch_up(hospital: Hospital, body: bytes) -> CaughtUp:
         dataset = noise.derive_key(key, b"ledger", name.encode()).hex()
         book = held.enter_context(Ledger(hospital.home / LEDGER))
         chain = book.entries(name)
-        words = _words(hospital, given)
+        rosters = _rosters(hospital, given)
+        own = history.own_keys(hospital) | {key for roster in rosters for key in _keys_in(roster, name)}
+        words = _words(name, given, own)
         kept = [word for word in words if history.on_chain(word, book.id, chain)]
         lost = [word for word in words if word not in kept and history.counts(word, chain)]
         mark = hospital.restored
@@ -166,7 +180,7 @@ def catch_up(hospital: Hospital, body: bytes) -> CaughtUp:
             )
         open_runs = [ran for ran in given.runs if not _is_settled(ran, kept, lost, chain)]
         with book.together():
-            book.begin_run(_caught_up(mark, name, dataset))
+            book.begin_run(_caught_up(given, mark, dataset))
             for ran in open_runs:
                 for entry in _worst(hospital, ran, dataset, mark, chain):
                     (book.charge if entry.charges else book.begin_run)(entry)
@@ -180,11 +194,16 @@ def catch_up(hospital: Hospital, body: bytes) -> CaughtUp:
                         f"spent; with all runs of the account the ledger has {spent:.4g}: a run is missing from it. "
                         "Nothing was written; call the coordinator"
                     )
+            files.write(hospital.home / ACCOUNTS / f"{given.statement.hex()}.json", body)
         total = accountant.epsilon(charges, delta).value if charges else 0.0
         for run in _charged(book.entries(name)):
             durable.forget(hospital.home / STATES, run)
+        hospital.remember(own)
+        outdated = bool(rosters) and hospital.identity.member not in rosters[-1].members
+        if outdated:
+            hospital.follow(bytes.fromhex(body) for body in given.rosters)
         (hospital.home / RESTORED).unlink(missing_ok=True)
-    return CaughtUp(tuple(ran.run for ran in open_runs), total, delta)
+    return CaughtUp(tuple(ran.run for ran in open_runs), total, delta, outdated)
 
 
 def _mark_if_lost(hospital: Hospital) -> None:
@@ -205,11 +224,25 @@ def _read(body: bytes, hospital: Hospital) -> Account:
     return given
 
 
-def _words(hospital: Hospital, given: Account) -> list[Seal]:
-    """This site's own words."""
-    own = history.own_keys(hospital)
+def _rosters(hospital: Hospital, given: Account) -> list[Roster]:
+    """Every version, by the authority's own signature."""
+    authority = bytes.fromhex(hospital.terms.authority)
     try:
-        return [history.own_word(text.encode(), hospital.file.name, own) for text in given.words]
+        rosters = [load_roster(bytes.fromhex(text), authority) for text in given.rosters]
+    except (ValueError, RemoteProtocolError):
+        raise DeploymentError("the account has a roster that the consortium's authority has not signed") from None
+    return sorted(rosters, key=lambda roster: roster.version)
+
+
+def _keys_in(roster: Roster, site: str) -> Iterator[str]:
+    """The key that a roster names for a site's words, hex."""
+    return (member.ledger_key.hex() for member in roster.members if member.name == site)
+
+
+def _words(site: str, given: Account, own: frozenset[str]) -> list[Seal]:
+    """The site's own words."""
+    try:
+        return [history.own_word(text.encode(), site, own) for text in given.words]
     except SealError as error:
         raise DeploymentError(f"the account has {error}") from None
 
@@ -231,17 +264,17 @@ def _charged(chain: Iterable[Recorded]) -> set[str]:
     return {run for line in chain if (run := line.entry.metadata.get("charged")) is not None}
 
 
-def _caught_up(mark: Restored, site: str, dataset: str) -> Entry:
-    """That a ledger was charged for what it lacked, also where that came to nothing: its earlier words are settled."""
+def _caught_up(given: Account, mark: Restored, dataset: str) -> Entry:
+    """That a ledger was charged for what it lacked, also where that came to nothing, and on whose word."""
     return Entry(
         kind="run",
-        site=site,
+        site=given.site,
         dataset=dataset,
         run=f"caught up {mark.restored}",
         round=0,
         unit=PrivacyUnit.NONE,
         noise=NoiseSite.LOCAL,
-        metadata={"restored": mark.made},
+        metadata={"restored": mark.made, "account": given.statement.hex(), "signature": given.signature},
     )
 
 
@@ -253,6 +286,8 @@ def _worst(hospital: Hospital, ran: Ran, dataset: str, mark: Restored, chain: tu
     """
     try:
         config = config_io.decode(tomllib.loads(ran.config))
+        terms = terms_digest(config, ran.noise_multiplier, ran.side_noise)
+        _require_same_terms(ran, terms, chain)
         names = [member.name for member in hospital.roster.members]
         cohort = cohort_of(config, len(names) - len(held_out(config, names)))
         spends = _charges(hospital, config, ran, cohort)
@@ -268,7 +303,7 @@ def _worst(hospital: Hospital, ran: Ran, dataset: str, mark: Restored, chain: tu
     restored = {
         "restored": mark.made,
         "charged": ran.run,
-        "config": hashlib.sha256(ran.config.encode()).hexdigest(),
+        "terms": terms,
     }
     if all(line.entry.run != ran.run for line in chain):
         yield Entry(kind="run", run=ran.run, noise=config.privacy.noise, metadata=restored, **about)
@@ -285,6 +320,16 @@ def _worst(hospital: Hospital, ran: Ran, dataset: str, mark: Restored, chain: tu
             )
 
 
+def _require_same_terms(ran: Ran, terms: str, chain: Iterable[Recorded]) -> None:
+    """Return unless the chain has begun the run with something else. Raises `DeploymentError`."""
+    lines = (line.entry for line in chain if (line.entry.kind, line.entry.run) == ("run", ran.run))
+    if any(entry.metadata.get("terms") != terms for entry in lines):
+        raise DeploymentError(
+            "the account has another configuration or other noise than this site's own ledger, or privfed was updated "
+            "since the run began: catch up with the version that began it, or call the coordinator"
+        )
+
+
 def _charges(
     hospital: Hospital, config: Config, ran: Ran, cohort: Cohort
 ) -> tuple[tuple[NoiseSite, tuple[Charge, ...]], ...]:
@@ -294,6 +339,9 @@ def _charges(
     if config.privacy.unit is PrivacyUnit.NONE:  # its updates are booked as what they are: without noise
         refused = hospital.policy.require_privacy  # this site's own policy; a word that says otherwise is found out
         return () if refused else ((config.privacy.noise, (Charge(Gaussian(noise_multiplier=0.0)),)),)
+    fixed = config.privacy.noise_multiplier
+    if fixed is not None and fixed != ran.noise_multiplier:
+        raise DeploymentError("its noise is not what its configuration says: no site would have taken part")
     if config.privacy.schedule != "constant":
         raise DeploymentError("its noise follows a schedule, and no bound is known without the rounds themselves")
     if not isinstance(config.data, Table) or papers.agreed(config.data) != hospital.terms.data:

@@ -20,13 +20,13 @@ from privfed.privacy.ledger import Ledger, utc_now
 
 from . import files, papers
 from .files import DeploymentError
-from .hospital import KEYS, KIT, LEDGER, LOCK, POLICY, REQUEST, RESTORED, SITE, Hospital, Restored
+from .hospital import ACCOUNTS, KEYS, KIT, LEDGER, LOCK, POLICY, REQUEST, RESTORED, SITE, Hospital, Restored
 
 MANIFEST = "backup.json"
 _FORMAT = "privfed backup/1"
 _KEY = f"{LEDGER}.key"
 _ALWAYS = (SITE, POLICY, KEYS, _KEY, papers.TERMS, papers.ROSTER)
-_FOLDERS = (f"{KIT}/startup", f"{KIT}/local", REQUEST)
+_FOLDERS = (f"{KIT}/startup", f"{KIT}/local", REQUEST, ACCOUNTS)
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -210,9 +210,13 @@ class Consortium:
         files.write(self.home / ROSTERS / f"{roster.version}.{papers.ROSTER}", sign_roster(roster, private))
         return roster
 
+    def roster_files(self) -> list[Path]:
+        """Every version's file, the newest last."""
+        return sorted((self.home / ROSTERS).glob(f"*.{papers.ROSTER}"), key=lambda path: int(path.stem))
+
     def roster_file(self) -> Path | None:
         """The newest roster's file."""
-        found = sorted((self.home / ROSTERS).glob(f"*.{papers.ROSTER}"), key=lambda path: int(path.stem))
+        found = self.roster_files()
         return found[-1] if found else None
 
     def roster(self) -> Roster | None:

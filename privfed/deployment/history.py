@@ -77,7 +77,7 @@ class Reminded:
                 logger.error("%s: its ledger is not the one that its own signed word is about", hospital.file.name)
                 hospital.mark(as_it_is(book, chain))
         except SealError as error:
-            raise Astray(f"the request brings back {error}") from None
+            raise Astray(f"the request brings back {error} (privfed site catch-up learns of keys it had)") from None
         except (PrivfedError, PrivacyError) as error:
             logger.error("%s: %s", hospital.file.name, error)  # its own log: the message names local files
             raise Astray("the site can not use its ledger") from None
@@ -95,7 +95,7 @@ def own_word(body: bytes, site: str, keys: frozenset[str]) -> Seal:
     except SealError as error:
         raise SealError(f"a word that this site never gave: {error}") from None
     if word.key not in keys or word.site != site:
-        raise SealError("a word of another site, or under keys that are not this site's")
+        raise SealError("a word of another site, or under keys that this site does not know as its own")
     return word
 
 

@@ -1,7 +1,7 @@
 """A site's folder: its keys, its data, its policy, its ledger. All of it stays there."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from .durable import DurableSite
 from .files import DeploymentError
 from .papers import EngineName, Hex32, Name, Terms
 
-SITE, POLICY, KEYS, KIT, REQUEST, LEDGER, JOURNAL, STATES, LOCK, RESTORED = (
+SITE, POLICY, KEYS, KIT, REQUEST, LEDGER, JOURNAL, STATES, LOCK, RESTORED, ACCOUNTS = (
     "site.toml",
     "policy.toml",
     "keys.json",
@@ -39,6 +39,7 @@ SITE, POLICY, KEYS, KIT, REQUEST, LEDGER, JOURNAL, STATES, LOCK, RESTORED = (
     "states",
     ".lock",
     "restored.json",
+    "accounts",
 )
 NEXT = "next"
 """A folder in a site's: the keys that it means to have, until they stand in a roster that it accepts."""
@@ -334,6 +335,28 @@ class Hospital:
         """From now on the site takes part in nothing, until `account.catch_up` takes the mark away."""
         files.write(self.home / RESTORED, msgspec.json.encode(mark))
 
+    def remember(self, keys: Iterable[str]) -> None:
+        """Keep public keys, hex, under which this site gave words and which it does not have any more."""
+        old = self._keys
+        former = {*old.former, *keys} - {self.identity.member.ledger_key.hex()}
+        if former != set(old.former):
+            kept = msgspec.structs.replace(old, former=tuple(sorted(former)))
+            files.write(self.home / KEYS, msgspec.json.encode(kept), private=True)
+
+    def follow(self, rosters: Iterable[bytes]) -> None:
+        """Hold to the newest of the rosters that follow the accepted one, each on the one before it.
+
+        For a site whose keys are of before the newest: it can not take part with it, and asks for new ones.
+
+        Raises:
+            RemoteProtocolError: one is not signed by the authority.
+        """
+        authority = bytes.fromhex(self.terms.authority)
+        for body in sorted(rosters, key=lambda body: load_roster(body, authority).version):
+            if load_roster(body, authority).version == self.roster.version + 1:
+                accept(body, authority=authority, pinned=self.roster)
+                files.write(self.home / papers.ROSTER, body)
+
     def require_ledger(self) -> None:
         """Return if the ledger is there. A new one in its place would know of no spend. Raises `DeploymentError`."""
         if not (self.home / LEDGER).exists():
@@ -343,10 +366,10 @@ class Hospital:
             )
 
     def require_current(self) -> None:
-        """Return if the ledger is there, and was not put back without being charged for what it may lack.
+        """Return if the ledger is there, has all that was spent as far as is known, and the keys are in the roster.
 
         Raises:
-            DeploymentError: it is gone, or was put back; says what to do.
+            DeploymentError: it is not so; says what to do.
         """
         self.require_ledger()
         if (mark := self.restored) is not None:
@@ -354,6 +377,11 @@ class Hospital:
                 f"{self.home / LEDGER} was restored from a backup, or is a copy that was put back: what was spent "
                 f"beside its {mark.sequence} entries of {mark.made} is not in it. Have the coordinator send an account "
                 f"(privfed consortium account), then privfed site catch-up {self.home} FILE"
+            )
+        if self.identity.member not in self.roster.members:
+            raise DeploymentError(
+                f"this site's keys are not in the roster that it has accepted: {self.home} is from before they were "
+                f"changed. Make new ones: privfed site rotate {self.home}"
             )
 
     def records(self) -> SiteData:

@@ -13,14 +13,15 @@ from sklearn.datasets import load_breast_cancer
 from privfed import config_io
 from privfed.config import Config, Policy
 from privfed.crypto import keys
-from privfed.deployment import kits, papers
+from privfed.deployment import account, kits, papers
+from privfed.deployment.account import Account
 from privfed.deployment.blocks import Block, do_block
 from privfed.deployment.consortium import Consortium
 from privfed.deployment.durable import DurableSite
 from privfed.deployment.files import DeploymentError, write_toml
 from privfed.deployment.history import Reminded
 from privfed.deployment.hospital import SITE, Hospital, Strict, Study
-from privfed.deployment.signed import SignedHandler, reminding
+from privfed.deployment.signed import SignedHandler, coordinator_key, reminding
 from privfed.engines.contract import Engine, Handler
 from privfed.engines.local import LocalEngine
 
@@ -200,6 +201,14 @@ def body_of(request: bytes) -> bytes:
     return request[start + int.from_bytes(request[start - 4 : start], "big") :]
 
 
+def account_of(consortium: Consortium, **changed: Any) -> bytes:
+    """The coordinator's account of north, changed and signed by it as it then is."""
+    given = msgspec.json.decode(account.account(consortium, "north"), type=Account)
+    given = msgspec.structs.replace(given, **changed, signature="")
+    signature = keys.sign(coordinator_key(consortium.home), given.statement).hex()
+    return msgspec.json.encode(msgspec.structs.replace(given, signature=signature))
+
+
 def hospital(consortium: Consortium, name: str = "north") -> Hospital:
     """A site of `found`, opened anew."""
     return Hospital.open(consortium.home.parent / name)
@@ -209,6 +218,7 @@ __all__ = [
     "SEED",
     "SITES",
     "Tapped",
+    "account_of",
     "at_work",
     "body_of",
     "experiment",

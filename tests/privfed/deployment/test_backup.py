@@ -6,28 +6,25 @@ import stat
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 
 from privfed import wire
 from privfed.config import Config
-from privfed.crypto import keys
 from privfed.deployment import account, backup, files, runs
 from privfed.deployment.account import Account
 from privfed.deployment.consortium import Consortium
 from privfed.deployment.files import DeploymentError
 from privfed.deployment.hospital import LEDGER, POLICY, RESTORED, STATES
 from privfed.deployment.inspection import About, Inspector, Look, Order, decode_reply
-from privfed.deployment.signed import coordinator_key
 from privfed.deployment.site_status import read, would_refuse
 from privfed.deployment.survey import Finding, survey
 from privfed.engines.local import LocalEngine
 from privfed.privacy.events import PrivacyUnit
 from privfed.privacy.ledger import Ledger
 from tests.privfed.deployment import house
-from tests.privfed.deployment.house import SITES, hospital
+from tests.privfed.deployment.house import SITES, account_of, hospital
 from tests.privfed.deployment.test_blocks import block, spends
 
 ROUNDS = 3
@@ -58,14 +55,6 @@ def lost(consortium: Consortium) -> Path:
 
 def without_claim(config: Config) -> Config:
     return msgspec.structs.replace(config, privacy=msgspec.structs.replace(config.privacy, unit=PrivacyUnit.NONE))
-
-
-def account_of(consortium: Consortium, **changed: Any) -> bytes:
-    """The coordinator's account, changed and signed by it as it then is."""
-    given = msgspec.json.decode(account.account(consortium, "north"), type=Account)
-    given = msgspec.structs.replace(given, **changed, signature="")
-    signature = keys.sign(coordinator_key(consortium.home), given.statement).hex()
-    return msgspec.json.encode(msgspec.structs.replace(given, signature=signature))
 
 
 def test_a_backup_is_for_its_owner_alone_and_has_what_can_not_be_made_again(

@@ -9,15 +9,17 @@ import pytest
 from privfed import seals
 from privfed.config import Config
 from privfed.crypto.errors import RemoteProtocolError
+from privfed.crypto.roster import Roster, sign_roster
 from privfed.deployment import account, backup, kits, runs
 from privfed.deployment.consortium import LEDGER as BOOK
 from privfed.deployment.consortium import Consortium
 from privfed.deployment.files import DeploymentError
 from privfed.deployment.hospital import NEXT, REQUEST, Hospital
+from privfed.deployment.site_status import read
 from privfed.errors import PrivfedError
 from privfed.privacy.ledger import Ledger
 from tests.privfed.deployment import house
-from tests.privfed.deployment.house import hospital
+from tests.privfed.deployment.house import account_of, hospital, signed_block
 from tests.privfed.deployment.test_blocks import block
 
 
@@ -147,6 +149,41 @@ def test_a_renewal_that_was_cut_short_is_done_again(consortium: Consortium, monk
         pass
     with pytest.raises(DeploymentError, match="has no new keys"):
         hospital(consortium).renew(consortium.kit("north"))
+
+
+def test_a_backup_of_before_the_keys_changed_catches_up_and_takes_part_with_new_ones(
+    consortium: Consortium, config: Config, tmp_path: Path
+) -> None:
+    backup.make(hospital(consortium), tmp_path / "north.backup")
+    rotated(consortium)
+    block(consortium, runs.begin(consortium, config), 1)  # its word is signed by a key that the backup does not have
+    true = read(hospital(consortium)).epsilon
+    home = consortium.home.parent / "north"
+    shutil.rmtree(home)
+    backup.restore(home, (tmp_path / "north.backup").read_bytes())
+    done = account.catch_up(hospital(consortium), account.account(consortium, "north"))
+    assert done.outdated and done.epsilon >= true > 0
+    with pytest.raises(DeploymentError, match="privfed site rotate"), hospital(consortium).opened():
+        pass
+    rotated(consortium)
+    run = runs.begin(consortium, config)
+    signed_block(consortium, run.path.name, 1)  # which reminds it of the word under the lost key
+    assert "north" in runs.progress(run)[-1].contributed
+
+
+def test_a_key_that_no_roster_names_is_not_the_sites(consortium: Consortium, config: Config, tmp_path: Path) -> None:
+    backup.make(hospital(consortium), tmp_path / "north.backup")
+    rotated(consortium)
+    block(consortium, runs.begin(consortium, config), 1)
+    home = consortium.home.parent / "north"
+    shutil.rmtree(home)
+    backup.restore(home, (tmp_path / "north.backup").read_bytes())
+    forger = bytes(range(32))
+    forged = sign_roster(Roster(version=2, previous=bytes(31) + b"1", members=()), forger).hex()
+    for rosters, reason in (((), "does not know as its own"), ((forged,), "has not signed")):
+        with pytest.raises(DeploymentError, match=reason):
+            account.catch_up(hospital(consortium), account_of(consortium, rosters=rosters))
+    assert hospital(consortium).restored is not None and hospital(consortium).roster.version == 1
 
 
 def test_words_under_the_former_keys_count_when_a_backup_is_restored(

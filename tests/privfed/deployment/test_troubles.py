@@ -172,7 +172,7 @@ def south_ahead(tmp_path: Path, environment: dict[str, str]) -> Iterator[tuple[A
 def test_a_clock_a_day_ahead_is_named_before_the_run_and_every_order_is_too_old_by_it(
     tmp_path: Path, shifted: Callable[[int], dict[str, str]]
 ) -> None:
-    with south_ahead(tmp_path, shifted(86_400)) as (loopback, config, path):
+    with south_ahead(tmp_path, shifted(86_400)) as (loopback, _, path):
         loopback.connected()
         found = loopback.preflight(path)
         assert [what for what, one in found.items() if not one["ok"]] == ["clocks"]
