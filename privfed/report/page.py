@@ -11,7 +11,7 @@ from privfed import __version__
 from privfed.privacy.events import PrivacyUnit
 
 from ..summary import UnseenSummary, UtilitySummary
-from . import figures, words
+from . import figures, promises, words
 from .figures import Plot
 from .history import MEASURES, History, SiteRow
 from .words import delta_text, epsilon_text
@@ -115,7 +115,7 @@ def _content(history: History) -> Mapping[str, Any]:
         "gain_named": len(rows) <= figures.NAMED,
         "rows": sorted(rows, key=_worst_first) if many else rows,
         "many": many,
-        "adversaries": words.adversaries(history),
+        "adversaries": promises.adversaries(history),
         "not_protected": words.not_protected(history),
         "glossary": words.glossary(history),
         "cohort": history.cohorts[0] if history.cohorts else None,
