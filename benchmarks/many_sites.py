@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from privfed.architecture import Schema, build_model, first_states, model_layout, sent
 from privfed.config import Config
 from privfed.doors import Split
 from privfed.evaluation import outputs_of
@@ -21,7 +22,6 @@ from privfed.privacy.oracle.cohort import clipped_sums
 from privfed.privacy.oracle.curvature import curvatures
 from privfed.privacy.oracle.door import ALL, Batch, Records
 from privfed.privacy.oracle.stacked import StackedNetwork
-from privfed.terms import Schema, build_model, first_states, model_layout, sent
 
 Figures = dict[str, float | None]
 """By site; None where a figure is undefined."""

@@ -18,6 +18,7 @@ from privfed.privacy.events import PrivacyUnit
 from privfed.privacy.ledger import Ledger
 
 from . import config_io, folder, keyring, statements, watching
+from .architecture import Schema, build_model, finisher, parameter_count, start_vector, update_size
 from .cohort import cohort_of, held_out, training_sites
 from .config import Config, SideNoise
 from .data.records import Sites
@@ -36,17 +37,7 @@ from .selection import best, check_selection, stalled
 from .simulation.consortium import Consortium, members, open_consortium
 from .standardisation import fold
 from .summary import Summary, claim_of, metrics_line, report_of, summarize
-from .terms import (
-    Schema,
-    build_model,
-    checked_encoding,
-    deployment_of,
-    finisher,
-    parameter_count,
-    start_vector,
-    update_size,
-    worthwhile_colluders,
-)
+from .terms import checked_encoding, deployment_of, worthwhile_colluders
 from .transfer.base import require_digest
 
 Observer = Callable[[RoundReport], None]

@@ -9,11 +9,12 @@ from privfed.privacy.oracle.together import Oracle
 from privfed.privacy.shared import ClientSum, RecordSum
 
 from . import doors
+from .architecture import Schema, sent
 from .config import Config
 from .doors import Network, Split
 from .errors import PrivfedError
 from .methods import SingleQuery, State
-from .terms import Schema, Update, planned_charges, sent
+from .terms import Update, planned_charges
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ from privfed.privacy.oracle.together import AskingDoor, AskingPlainDoor, Oracle
 from privfed.privacy.shared import RecordSum
 from privfed.privacy.units import Patients
 
+from .architecture import Schema, build_model, divided
 from .config import Config
 from .data.records import SiteData, keyed_fraction
 from .errors import ConfigError, DataError
-from .terms import Schema, build_model, divided, split_id, whole_group
+from .terms import split_id, whole_group
 from .transfer import Everything
 from .transfer.base import digest_of
 

@@ -25,6 +25,7 @@ from privfed.privacy.events import NoiseSite
 from privfed.privacy.releases import Standardisation
 
 from . import figures, wire
+from .architecture import Schema, sent
 from .cohort import Cohort, cohort_of, held_out
 from .config import Config, SideNoise
 from .engines.contract import Engine
@@ -38,7 +39,6 @@ from .schedule import Spending
 from .standardisation import DEVIATION, MEAN, standardisation
 from .terms import (
     Encoding,
-    Schema,
     Update,
     checked_encoding,
     clip_rule,
@@ -46,7 +46,6 @@ from .terms import (
     count_sum,
     key_holder_of,
     plan_encoding,
-    sent,
     session_of,
     side_encoding,
 )

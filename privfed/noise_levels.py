@@ -13,19 +13,12 @@ from privfed.privacy.events import Charge, PrivacyUnit
 from privfed.privacy.oracle.door import ALL
 
 from . import wire
+from .architecture import Schema, parameter_count, update_size
 from .cohort import Cohort
 from .config import Config, SideNoise
 from .errors import ConfigError
 from .schedule import ahead, check_schedule
-from .terms import (
-    Schema,
-    count_sum,
-    counts_of,
-    parameter_count,
-    side_charge,
-    update_size,
-    whole_group,
-)
+from .terms import count_sum, counts_of, side_charge, whole_group
 
 _FAINTEST = 1e-3  # integers of variance 1, which may cost less than a generous target
 _CLIENT_SHARE = 0.2  # of the target for figures that can not be paid beside the updates

@@ -4,19 +4,10 @@ from datetime import datetime, time
 
 from privfed.privacy.events import NoiseSite, PrivacyUnit
 
+from .architecture import Schema, network_size, opened, parameter_count
 from .config import Config, Policy
 from .errors import PrivfedError
-from .terms import (
-    KEY_HOLDER,
-    Schema,
-    claimed_colluders,
-    cohort_in,
-    needs_key_holder,
-    network_size,
-    opened,
-    parameter_count,
-    shares_noise,
-)
+from .terms import KEY_HOLDER, claimed_colluders, cohort_in, needs_key_holder, shares_noise
 from .wire import RoundPlan
 
 

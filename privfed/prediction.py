@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 
 from . import config_io, folder
+from .architecture import Schema, whole_network
 from .data.arrays import Arrays
 from .data.columns import encode, unknown_values
 from .data.files import first_line, read_frame
@@ -15,7 +16,6 @@ from .errors import ConfigError
 from .evaluation import outputs_of
 from .folder import RunFolder
 from .parameters import to_vector
-from .terms import Schema, whole_network
 
 _MAXIMUM_ROWS = 2_000_000
 

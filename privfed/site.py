@@ -39,6 +39,7 @@ from privfed.privacy.selftest import SelfTest, SelfTestFailed
 from privfed.privacy.shared import CountSum
 
 from . import evaluation, figures, parameters, wire
+from .architecture import Schema, build_model, first_states, parameter_count, start_vector, update_size
 from .cohort import held_out
 from .config import Config, Policy, SideNoise
 from .contribution import Contribution, contribute
@@ -51,21 +52,7 @@ from .methods import Local, State
 from .policy import OutsideHours, PolicyRefusal, check_hours, check_policy, check_size
 from .site_book import Attempt, SiteBook
 from .standardisation import DEVIATION, MEAN, check_standardisation, inputs_range, unit_means
-from .terms import (
-    Schema,
-    Summand,
-    build_model,
-    first_states,
-    key_holder_of,
-    parameter_count,
-    plan_encoding,
-    planned_charges,
-    session_of,
-    side_charge,
-    side_encoding,
-    start_vector,
-    update_size,
-)
+from .terms import Summand, key_holder_of, plan_encoding, planned_charges, session_of, side_charge, side_encoding
 
 logger = logging.getLogger(__name__)
 

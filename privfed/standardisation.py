@@ -9,10 +9,10 @@ from privfed.privacy.events import PrivacyUnit
 from privfed.privacy.releases import Standardisation
 
 from . import wire
+from .architecture import Schema
 from .config import Config
 from .data.records import SiteData
 from .methods import State
-from .terms import Schema
 
 MEAN, DEVIATION = "input_mean", "input_deviation"
 """Names in the server's state, float32[F] each; absent where inputs are not standardised."""

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from privfed.privacy.events import PrivacyUnit
 from privfed.privacy.oracle.door import ALL, NoisedDoor
 
+from ..architecture import Schema
 from ..config import Config
 from ..data.records import SiteData
 from ..doors import Split, private_door
 from ..errors import ConfigError
 from ..methods import State
-from ..terms import Schema
 
 LOUD = 10.0  # a canary's norm over the clip: a clip that is missing shows at once
 

@@ -22,6 +22,7 @@ from privfed.privacy.events import Charge, NoiseSite, PrivacyUnit, Skellam
 from privfed.privacy.oracle.door import ALL, group
 
 from .. import doors, wire
+from ..architecture import Schema, update_size
 from ..cohort import cohort_of
 from ..config import Aggregation, Config, Evaluation
 from ..data.records import SiteData, Sites, keyed_fraction, public_split_key
@@ -31,7 +32,6 @@ from ..federation import Federation
 from ..parameters import decode as decode_state
 from ..simulation.consortium import open_consortium
 from ..terms import (
-    Schema,
     Update,
     claimed_colluders,
     encoding_of,
@@ -39,7 +39,6 @@ from ..terms import (
     planned_charges,
     session_of,
     split_id,
-    update_size,
     whole_group,
 )
 from .canaries import LOUD, carrier, carriers, copies_of, exact_update, records_of

@@ -19,6 +19,7 @@ from privfed.privacy.selftest import SelfTestFailed
 from privfed.privacy.shared import ClientSum, RecordSum
 
 from .. import doors, keyring
+from ..architecture import build_model, first_states, parameter_count, update_size
 from ..config import Config
 from ..contribution import Contribution, contribute
 from ..data.records import SiteData
@@ -27,16 +28,7 @@ from ..errors import PrivfedError
 from ..methods import State
 from ..parameters import to_vector
 from ..schedule import ahead
-from ..terms import (
-    Update,
-    build_model,
-    count_sum,
-    encoding_of,
-    first_states,
-    parameter_count,
-    planned_charges,
-    update_size,
-)
+from ..terms import Update, count_sum, encoding_of, planned_charges
 from ..wire import PURPOSES, Purpose
 from .canaries import LOUD, door_of, everyone_drawn, records_of, stage
 from .target import Target

@@ -10,13 +10,13 @@ from privfed.privacy.audit import membership
 from privfed.privacy.audit.result import Audit
 
 from .. import doors, folder
+from ..architecture import build_model, first_states
 from ..data.records import SiteData, public_split_key
 from ..doors import Split
 from ..errors import ConfigError, RunFolderError
 from ..evaluation import outputs_of
 from ..methods import State
 from ..standardisation import DEVIATION, MEAN
-from ..terms import build_model, first_states
 from .target import Target
 
 _Floats = NDArray[np.float64]

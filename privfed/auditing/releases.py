@@ -15,12 +15,13 @@ from privfed.privacy.oracle.door import ALL, NoisedDoor, group
 from privfed.privacy.oracle.shares import ShareDoor
 from privfed.privacy.shared import ClientSum, RecordSum
 
+from ..architecture import parameter_count
 from ..doors import Split
 from ..errors import PrivfedError
 from ..grid import Grid
 from ..methods import SingleQuery, State
 from ..schedule import ahead
-from ..terms import encoding_of, parameter_count, split_id, whole_group
+from ..terms import encoding_of, split_id, whole_group
 from .canaries import LOUD, at_first, door_of, stage
 from .target import Target
 

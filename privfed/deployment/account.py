@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from privfed import config_io, folder
+from privfed.architecture import parameter_count, update_size
 from privfed.cohort import Cohort, cohort_of, held_out
 from privfed.config import Config, SideNoise
 from privfed.crypto import keys
@@ -30,7 +31,7 @@ from privfed.privacy.ledger import Entry, Ledger, Recorded, utc_now
 from privfed.schedule import ahead
 from privfed.seals import Seal, SealError
 from privfed.site_book import terms_digest
-from privfed.terms import deployment_of, parameter_count, update_size
+from privfed.terms import deployment_of
 
 from . import durable, files, history, papers, runs
 from .consortium import LEDGER as BOOK

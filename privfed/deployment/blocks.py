@@ -15,6 +15,7 @@ import torch
 from msgspec import Meta
 
 from privfed import config_io, folder
+from privfed.architecture import build_model
 from privfed.cohort import cohort_of, held_out
 from privfed.config import Config
 from privfed.crypto.journal import JournalFile, SQLiteJournal
@@ -30,7 +31,7 @@ from privfed.privacy.ledger import Ledger
 from privfed.seals import COORDINATOR
 from privfed.selection import best, stalled
 from privfed.summary import metrics_line, report_of, summarize
-from privfed.terms import build_model, needs_key_holder
+from privfed.terms import needs_key_holder
 from privfed.watching import telling
 from privfed.witness import Witness
 

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from privfed.architecture import Schema
 from privfed.config import Target
 from privfed.crypto import keys
 from privfed.crypto.digest import digest
@@ -20,7 +21,6 @@ from privfed.crypto.errors import RemoteProtocolError
 from privfed.crypto.roster import Identity, Member
 from privfed.data.columns import input_names, input_ranges
 from privfed.data.tables import Table
-from privfed.terms import Schema
 
 from .files import DeploymentError
 

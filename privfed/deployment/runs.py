@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 import msgspec
 
 from privfed import config_io, folder, seals, statements
+from privfed.architecture import Schema, build_model, parameter_count, update_size
 from privfed.cohort import cohort_of, held_out
 from privfed.config import Config, SideNoise
 from privfed.crypto.roster import Roster
@@ -28,7 +29,7 @@ from privfed.schedule import Spending
 from privfed.selection import check_selection
 from privfed.standardisation import fold
 from privfed.summary import Summary, report_of
-from privfed.terms import Schema, build_model, checked_encoding, needs_key_holder, parameter_count, update_size
+from privfed.terms import checked_encoding, needs_key_holder
 from privfed.witness import Witness
 
 from . import papers

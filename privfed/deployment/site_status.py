@@ -6,6 +6,7 @@ from datetime import datetime
 import msgspec
 
 from privfed import wire
+from privfed.architecture import parameter_count
 from privfed.cohort import cohort_of, held_out
 from privfed.config import Config
 from privfed.crypto.errors import AggregationError
@@ -18,7 +19,7 @@ from privfed.privacy import noise
 from privfed.privacy.accountant import Accountant
 from privfed.privacy.errors import PrivacyError
 from privfed.privacy.ledger import Ledger, utc_now
-from privfed.terms import key_holder_of, parameter_count, plan_encoding, planned_charges
+from privfed.terms import key_holder_of, plan_encoding, planned_charges
 
 from . import papers
 from .hospital import KIT, LEDGER, Hospital

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from privfed import seals
+from privfed.architecture import parameter_count, update_size
 from privfed.cohort import cohort_of, held_out
 from privfed.config import Config
 from privfed.crypto.aggregation import AggregationServer, default_parameters, run_round
@@ -19,7 +20,7 @@ from privfed.engines.contract import Engine
 from privfed.errors import PrivfedError
 from privfed.privacy.errors import PrivacyError
 from privfed.privacy.ledger import Ledger, utc_now
-from privfed.terms import checked_encoding, key_holder_of, needs_key_holder, parameter_count, update_size
+from privfed.terms import checked_encoding, key_holder_of, needs_key_holder
 
 from . import runs
 from .consortium import LEDGER, Consortium

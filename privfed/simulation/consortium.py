@@ -19,6 +19,7 @@ from privfed.privacy.ledger import Ledger
 from privfed.privacy.selftest import SelfTest
 
 from .. import keyring
+from ..architecture import Schema, opened
 from ..config import Config
 from ..data.records import Sites, public_split_key
 from ..doors import Network
@@ -28,7 +29,7 @@ from ..errors import ConfigError, RunFolderError
 from ..key_holder import KeyHolder, SiteWithKey
 from ..seals import COORDINATOR
 from ..site import Site
-from ..terms import KEY_HOLDER, Schema, needs_key_holder, opened
+from ..terms import KEY_HOLDER, needs_key_holder
 from ..witness import Witness
 from ..workers import workers
 from .durable import AT_ONCE, DurableEngine

@@ -13,12 +13,12 @@ from privfed.privacy.errors import NoGuarantee
 from privfed.privacy.oracle.stacked import StackedNetwork
 from privfed.privacy.oracle.together import Query, StackedOracle
 
+from ..architecture import Schema, build_model
 from ..config import Config
 from ..data.records import Sites
 from ..doors import seen
 from ..engines.contract import Handler
 from ..errors import ConfigError
-from ..terms import Schema, build_model
 from .rendezvous import Rendezvous
 
 R = TypeVar("R")

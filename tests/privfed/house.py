@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from privfed import wire
+from privfed.architecture import Schema, build_model
 from privfed.cohort import Cohort, cohort_of
 from privfed.config import Config, Evaluation, Policy, Privacy, SideNoise
 from privfed.crypto.journal import Journal, MemoryJournal
@@ -25,7 +26,7 @@ from privfed.privacy.ledger import Ledger, Recorded
 from privfed.privacy.selftest import SelfTest
 from privfed.simulation.faults import FaultyEngine
 from privfed.site import Site
-from privfed.terms import Schema, build_model, checked_encoding
+from privfed.terms import checked_encoding
 from tests.crypto.consortium import stream
 
 SCHEMA = Schema(features=3, classes=2)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from privfed.architecture import Schema, model_layout, parameter_count
 from privfed.config import Config
 from privfed.evaluation import fraction_hurt, outputs_of, spread
 from privfed.models import MLP, layout, mlp, pieces
-from privfed.terms import Schema, model_layout, parameter_count
 
 
 def test_every_site_counts_once() -> None:

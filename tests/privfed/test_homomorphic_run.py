@@ -10,6 +10,7 @@ import torch
 
 import privfed
 from privfed import wire
+from privfed.architecture import build_model
 from privfed.config import Aggregation, Config, Evaluation, Outage, Policy, Privacy, Simulation
 from privfed.crypto.homomorphic.messages import KEY_HOLDER_STEPS
 from privfed.crypto.journal import MemoryJournal
@@ -22,7 +23,7 @@ from privfed.key_holder import KeyHolder
 from privfed.methods import FedAvg
 from privfed.parameters import to_vector
 from privfed.simulation.faults import FaultyEngine
-from privfed.terms import KEY_HOLDER, build_model
+from privfed.terms import KEY_HOLDER
 from tests.crypto.consortium import stream
 
 from .house import SCHEMA, House, Tap, changed, config, fit, records, state_of

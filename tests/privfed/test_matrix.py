@@ -15,6 +15,7 @@ import pytest
 import privfed
 from privfed import api
 from privfed.api import prepare
+from privfed.architecture import build_model
 from privfed.config import Config
 from privfed.config_io import load_config
 from privfed.errors import ConfigError
@@ -22,7 +23,7 @@ from privfed.parameters import to_vector
 from privfed.privacy.events import Charge
 from privfed.privacy.ledger import Ledger
 from privfed.privacy.oracle.door import charge, group
-from privfed.terms import build_model, split_id, whole_group
+from privfed.terms import split_id, whole_group
 
 
 class Cell(NamedTuple):

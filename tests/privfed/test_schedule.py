@@ -10,6 +10,7 @@ import pytest
 
 from privfed import folder, verification, wire
 from privfed.api import resume, run
+from privfed.architecture import build_model
 from privfed.cohort import cohort_of
 from privfed.config import Aggregation, Config, Evaluation, Outage, Privacy, Simulation
 from privfed.engines.local import LocalEngine
@@ -22,7 +23,6 @@ from privfed.privacy.events import NoiseSite, PrivacyUnit
 from privfed.privacy.ledger import Ledger
 from privfed.schedule import Spending, check_schedule, shares_of
 from privfed.simulation.faults import FaultyEngine
-from privfed.terms import build_model
 from privfed.verification import Spends
 
 from .house import ACCOUNTANT, SCHEMA, SIZE, House, changed, state_of

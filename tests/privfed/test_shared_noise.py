@@ -17,6 +17,7 @@ from torch import Tensor
 
 import privfed
 from privfed import folder, wire
+from privfed.architecture import Schema, build_model
 from privfed.cohort import cohort_of
 from privfed.config import (
     Aggregation,
@@ -64,8 +65,6 @@ from privfed.standardisation import DEVIATION, MEAN
 from privfed.terms import (
     TEST,
     TRAIN,
-    Schema,
-    build_model,
     deployment_of,
     encoding_of,
     plan_encoding,

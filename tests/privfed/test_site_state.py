@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from privfed import wire
+from privfed.architecture import build_model, sent, update_size
 from privfed.config import Aggregation, Config, Privacy
 from privfed.engines.local import LocalEngine
 from privfed.errors import ConfigError
@@ -19,7 +20,6 @@ from privfed.methods import MRMTL, Ditto, FedBABU, FedPer, FedRep, LocalNorm, Me
 from privfed.models import MLP, layout, pieces
 from privfed.parameters import to_vector
 from privfed.privacy.events import NoiseSite, PrivacyUnit
-from privfed.terms import build_model, sent, update_size
 
 from .house import SCHEMA, House, Tap, changed, config
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import privfed
 from privfed import wire
+from privfed.architecture import Schema, build_model
 from privfed.config import Aggregation, Config, Evaluation, Outage, Policy, Privacy, Simulation
 from privfed.data.records import SiteData
 from privfed.data.sources import BreastCancer
@@ -35,7 +36,6 @@ from privfed.simulation.faults import FaultyEngine
 from privfed.simulation.rendezvous import MOST, Cancelled, Rendezvous
 from privfed.simulation.together import CohortEngine, Meeting, meeting
 from privfed.tasks import Classification
-from privfed.terms import Schema, build_model
 
 from .house import SCHEMA, House, changed, config, records, state_of
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import privfed
+from privfed.architecture import Schema, build_model, finished, network_size, parameter_count, whole_network
 from privfed.config import Config, Policy
 from privfed.config_io import decode
 from privfed.doors import seen, split
@@ -24,7 +25,6 @@ from privfed.prediction import predict
 from privfed.privacy.errors import NoGuarantee
 from privfed.privacy.oracle.stacked import StackedNetwork
 from privfed.tasks import Classification
-from privfed.terms import Schema, build_model, finished, network_size, parameter_count, whole_network
 from privfed.transfer import LastLayers, LowRank
 
 from .house import round_plan
