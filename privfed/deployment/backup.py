@@ -9,7 +9,7 @@ until `account.catch_up` has charged what the ledger may lack.
 
 import hashlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -117,6 +117,8 @@ def _is_own(path: str) -> bool:
 def restore(home: Path, body: bytes, *, now: datetime | None = None) -> Manifest:
     """Put a site back, in a new folder or in one whose ledger is lost, damaged or older.
 
+    Cut short anywhere, the same call does it all again: the mark stands before the ledger, and the ledger comes last.
+
     Raises:
         DeploymentError: the folder is another site's, or has a ledger that is as long or of another history, or the
             key of another ledger: nothing was changed. A longer ledger is never overwritten.
@@ -124,10 +126,10 @@ def restore(home: Path, body: bytes, *, now: datetime | None = None) -> Manifest
     manifest, parts = read(body)
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     home = home.absolute()
-    if any(home.iterdir()) and Hospital.open(home).file.name != manifest.site:
-        raise DeploymentError(
-            f"{home} is the site {Hospital.open(home).file.name!r}, the backup is of {manifest.site!r}"
-        )
+    # Hidden ones are a lock's, and drafts of a restore that was cut short
+    if any(not path.name.startswith(".") for path in home.iterdir()):
+        if (found := Hospital.open(home).file.name) != manifest.site:
+            raise DeploymentError(f"{home} is the site {found!r}, the backup is of {manifest.site!r}")
     with files.locked(home / LOCK, str(home)):
         if (home / _KEY).exists() and files.read(home / _KEY, private=True) != parts[_KEY]:
             # Under another key the ledger's data set would have another name, and its spends would be forgotten
@@ -142,17 +144,28 @@ def restore(home: Path, body: bytes, *, now: datetime | None = None) -> Manifest
             made=manifest.made,
             restored=(now or datetime.now(UTC)).astimezone(UTC).isoformat(),
         )
-        files.write(home / RESTORED, msgspec.json.encode(mark))  # first: from now on the site takes part in nothing
+        _remove_drafts(home, parts)
+        if not (home / SITE).exists():
+            files.write(home / SITE, parts[SITE], private=True)  # whose folder it is: then this can be done again
+        Hospital.open(home).mark(mark)  # from now on the site takes part in nothing
         if damaged:
             (home / LEDGER).rename(home / f"{LEDGER}.damaged-{mark.restored.replace(':', '')}")
         # SQLite would play what a lost ledger left half done into the restored one
         (home / f"{LEDGER}-journal").unlink(missing_ok=True)
         for path, part in parts.items():
-            if path == LEDGER or not (home / path).exists():
+            if path != LEDGER and not (home / path).exists():
                 files.write(home / path, part, private=not path.startswith(f"{KIT}/local"))
+        files.write(home / LEDGER, parts[LEDGER], private=True)
     with Ledger(home / LEDGER) as book:
         book.verify()
     return manifest
+
+
+def _remove_drafts(home: Path, parts: Iterable[str]) -> None:
+    """What `files.write` left of a restore that was killed: it may hold keys."""
+    for path in map(Path, (RESTORED, *parts)):
+        for draft in (home / path.parent).glob(f".{path.name}.*.new"):
+            draft.unlink()
 
 
 def _require_older(home: Path, manifest: Manifest) -> bool:
@@ -165,11 +178,13 @@ def _require_older(home: Path, manifest: Manifest) -> bool:
     try:
         with Ledger(path) as book:
             book.verify()
-            chain, ledger = book.entries(manifest.site), book.id
+            chain, ledger, head = book.entries(manifest.site), book.id, book.head(manifest.site)
     except LedgerCorrupt:
         return True
     if ledger != manifest.ledger:
         raise DeploymentError(f"{path} is another ledger than the backup's: nothing was changed")
+    if head == manifest.head and Hospital.open(home).restored is not None:
+        return False  # this very ledger, by a restore that was cut short: its mark is still there
     if len(chain) >= manifest.sequence:
         raise DeploymentError(
             f"{path} has {len(chain)} entries, the backup of {manifest.made} has {manifest.sequence}: what was spent "

@@ -20,9 +20,11 @@ from privfed.errors import PrivfedError
 from privfed.watching import View, Watcher
 
 from .page import Renderer
+from .visitors import ADMIT
 
 LOOK_SECONDS = 0.5
 _PING_SECONDS = 15
+_MOST_AT_ONCE = 64  # requests with the token; a page that is open has one
 _SEND_SECONDS = 10.0  # a browser that takes nothing for so long has left
 
 _HEADERS = {
@@ -153,6 +155,7 @@ def _file(name: str) -> Route:
 
 def _guarded(inner: Any, token: str) -> Any:
     """Asks every request for the token, and gives every answer its headers."""
+    under_way = 0
 
     async def guarded(scope: Any, receive: Any, send: Any) -> None:
         async def sending(message: Any) -> None:
@@ -169,6 +172,15 @@ def _guarded(inner: Any, token: str) -> Any:
         if not slash or not secrets.compare_digest(given.encode(), token.encode()):
             await PlainTextResponse("nothing is here", status_code=404)(scope, receive, sending)
             return
-        await inner({**scope, "path": f"/{rest}"}, receive, sending)
+        nonlocal under_way
+        if under_way >= _MOST_AT_ONCE:
+            await PlainTextResponse("too many look on", status_code=503)(scope, receive, sending)
+            return
+        scope.get("state", {}).get(ADMIT, lambda: None)()
+        under_way += 1
+        try:
+            await inner({**scope, "path": f"/{rest}"}, receive, sending)
+        finally:
+            under_way -= 1
 
     return guarded

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from privfed.errors import ConfigError
 from privfed.watching import Watcher
 
-_MOST_CONNECTIONS = 64
 _END_SECONDS = 2  # how long streams may take to end with the server
 
 
@@ -24,6 +23,7 @@ class Page:
 
     Guarantees:
         It listens on the one address that was given, and on none that other machines reach unless ``allow_remote``.
+        Who does not know the token keeps nobody out who does; see `visitors`.
 
     Raises:
         ConfigError: the address is none, is taken, is all addresses at once, or is remote; a package is missing.
@@ -34,6 +34,7 @@ class Page:
             import uvicorn
 
             from .app import app
+            from .visitors import visitors
         except ImportError as error:
             raise ConfigError(f"the page needs its packages ({error}): pip install 'privfed[web]'") from None
         family, place = _resolved(host, port)
@@ -50,8 +51,8 @@ class Page:
                      ending=lambda: self._server.should_exit)  # fmt: skip
         self._server = uvicorn.Server(
             uvicorn.Config(
-                inside, http="h11", ws="none", lifespan="on", log_level="error", access_log=False, server_header=False,
-                proxy_headers=False, limit_concurrency=_MOST_CONNECTIONS, timeout_graceful_shutdown=_END_SECONDS,
+                inside, http=visitors(), ws="none", lifespan="on", log_level="error", access_log=False,
+                server_header=False, proxy_headers=False, timeout_graceful_shutdown=_END_SECONDS,
             )
         )  # fmt: skip
 

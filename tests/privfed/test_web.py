@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,9 +22,12 @@ from privfed import folder
 from privfed.errors import ConfigError
 from privfed.federation import RoundReport
 from privfed.watching import Watcher
+from privfed.web.app import _MOST_AT_ONCE
 from privfed.web.chart import Line, chart, ticks
 from privfed.web.serve import Page
+from privfed.web.visitors import MOST_STRANGERS
 from tests.privfed.browser import CHROMIUM, Browser
+from tests.privfed.engines.flare_rig import until
 from tests.privfed.watched import stand_at, watched
 
 SITES = ("north", "south", "west")
@@ -262,6 +265,35 @@ def test_without_the_token_or_under_another_name_nothing_is_told(tmp_path: Path)
             assert ask(address, Host=host)[0] == 200
     with serving(Page(Watcher(tmp_path / "run"))) as other:
         assert urlsplit(other).path != place.path
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"GET / HTTP/1.1\r\nHost: 127", b"GET /no-token/ HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"],
+    ids=["nothing", "half a request", "a request without the token"],
+)  # fmt: skip
+def test_who_does_not_know_the_token_keeps_nobody_out(tmp_path: Path, said: bytes) -> None:
+    with serving(Page(Watcher(watched(tmp_path / "run", SITES)))) as address, ExitStack() as held:
+        place = urlsplit(address)
+        before = Stream(address)
+        for _ in range(3 * MOST_STRANGERS):
+            stranger = held.enter_context(socket.create_connection((place.hostname, place.port), timeout=120))
+            stranger.sendall(said)
+        assert ask(address)[0] == 200
+        after = Stream(address)
+        for stream in (before, after):  # the one that was open is still open
+            assert stream.until("standing", "Over")
+            stream.close()
+
+
+def test_those_who_know_the_token_are_so_many_at_once_and_no_more(tmp_path: Path) -> None:
+    with serving(Page(Watcher(watched(tmp_path / "run", SITES)))) as address:
+        streams = [Stream(address) for _ in range(_MOST_AT_ONCE)]
+        assert [stream.answer.status for stream in streams] == [200] * _MOST_AT_ONCE
+        assert ask(address)[0] == 503
+        streams.pop().close()
+        until(lambda: ask(address)[0] == 200)
+        for stream in streams:
+            stream.close()
 
 
 @pytest.mark.parametrize("remote", ["192.0.2.7", "198.51.100.1"])

@@ -1,11 +1,13 @@
 """Backup and restore of a site, and that a restored ledger forgets nothing."""
 
 import math
+import os
 import shutil
 import stat
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -16,6 +18,7 @@ from privfed.deployment import account, backup, files, runs
 from privfed.deployment.account import Account
 from privfed.deployment.consortium import Consortium
 from privfed.deployment.files import DeploymentError
+from privfed.deployment.history import as_it_is
 from privfed.deployment.hospital import LEDGER, POLICY, RESTORED, STATES
 from privfed.deployment.inspection import About, Inspector, Look, Order, decode_reply
 from privfed.deployment.site_status import read, would_refuse
@@ -178,6 +181,78 @@ def test_a_damaged_ledger_is_set_aside(consortium: Consortium, config: Config, t
     assert north.restored is not None and list(north.home.glob(f"{LEDGER}.damaged-*"))
     with Ledger(north.home / LEDGER) as book:
         book.verify()
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+@pytest.mark.parametrize("there", ["nothing", "an older ledger", "a damaged ledger"])
+def test_a_restore_that_is_killed_anywhere_is_done_again_by_the_same_command(
+    consortium: Consortium, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str
+) -> None:
+    older = tmp_path / "older"
+    shutil.copytree(hospital(consortium).home, older)
+    block(consortium, runs.begin(consortium, config), 1)
+    body, home = saved(consortium, tmp_path), consortium.home.parent / "north"
+    parts = backup.read(body)[1]
+    replace, rename = os.replace, Path.rename
+    left = math.inf  # steps to do
+
+    def counted(move: Callable[..., object]) -> Callable[..., object]:
+        def step(*given: Any) -> object:
+            nonlocal left
+            for act in (lambda: None, lambda: move(*given)):  # a draft has its bytes; it has its name
+                done = act()
+                left -= 1
+                if left == 0:
+                    raise Killed
+            return done
+
+        return step
+
+    monkeypatch.setattr(os, "replace", counted(replace))
+    monkeypatch.setattr(Path, "rename", counted(rename))
+    at = 0
+    while True:
+        at += 1
+        shutil.rmtree(home)
+        if there != "nothing":
+            shutil.copytree(older, home)
+        if there == "a damaged ledger":
+            (home / LEDGER).write_bytes(b"damaged" * 1000)
+        left = at
+        try:
+            backup.restore(home, body)
+        except Killed:
+            left = math.inf
+        else:
+            break  # it was killed after every step
+        if at > 1:  # from the first file on nothing takes part, with whatever is there
+            with pytest.raises(DeploymentError), hospital(consortium).opened():
+                pass
+        backup.restore(home, body)
+        assert {path: (home / path).read_bytes() for path in parts} == parts
+        assert hospital(consortium).restored is not None
+        assert not [path for path in home.rglob("*.new") if path.is_file()]
+    assert at > 2 * (len(parts) if there == "nothing" else 2)
+
+
+def test_a_marked_ledger_of_the_same_length_and_another_history_is_not_overwritten(
+    consortium: Consortium, config: Config, tmp_path: Path
+) -> None:
+    older = tmp_path / "older"
+    shutil.copytree(hospital(consortium).home, older)
+    block(consortium, runs.begin(consortium, config), 1)
+    body, home = saved(consortium, tmp_path), lost(consortium)
+    shutil.copytree(older, home)
+    block(consortium, runs.begin(consortium, config), 1)
+    with Ledger(home / LEDGER) as book:
+        hospital(consortium).mark(as_it_is(book, book.entries("north")))
+    before = (home / LEDGER).read_bytes()
+    with pytest.raises(DeploymentError, match="would be forgotten"):
+        backup.restore(home, body)
+    assert (home / LEDGER).read_bytes() == before
 
 
 def test_another_sites_folder_is_left_alone(consortium: Consortium, tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_a_server_that_asks_for_no_permission_gets_nothing_of_a_sites_machine(ri
     ],
 )
 def test_a_site_hears_no_order_of_the_server_that_no_round_needs(rig: Rig, channel: str, topic: str, job: bool) -> None:
-    separate(rig)
+    of_flare(rig)
     assert rig.order("south", topic, "", channel=channel, job=job) == ""  # type: ignore[attr-defined]
     assert rig.exchange({"south": b"name"}, LONG) == {"south": b"south"}
 
