@@ -165,7 +165,7 @@ def catch_up(hospital: Hospital, body: bytes) -> CaughtUp:
         own = history.own_keys(hospital) | {key for roster in rosters for key in _keys_in(roster, name)}
         words = _words(name, given, own)
         kept = [word for word in words if history.on_chain(word, book.id, chain)]
-        lost = [word for word in words if word not in kept and history.counts(word, chain)]
+        lost = history.lost_words(words, book.id, chain)
         mark = hospital.restored
         if mark is None:
             if not lost:
@@ -181,7 +181,8 @@ def catch_up(hospital: Hospital, body: bytes) -> CaughtUp:
             )
         open_runs = [ran for ran in given.runs if not _is_settled(ran, kept, lost, chain)]
         with book.together():
-            book.begin_run(_caught_up(given, mark, dataset))
+            if all(line.entry.metadata.get("account") != given.statement.hex() for line in chain):
+                book.begin_run(_caught_up(given, mark, dataset, lost))
             for ran in open_runs:
                 for entry in _worst(hospital, ran, dataset, mark, chain):
                     (book.charge if entry.charges else book.begin_run)(entry)
@@ -265,17 +266,22 @@ def _charged(chain: Iterable[Recorded]) -> set[str]:
     return {run for line in chain if (run := line.entry.metadata.get("charged")) is not None}
 
 
-def _caught_up(given: Account, mark: Restored, dataset: str) -> Entry:
-    """That a ledger was charged for what it lacked, also where that came to nothing, and on whose word."""
+def _caught_up(given: Account, mark: Restored, dataset: str, lost: Iterable[Seal]) -> Entry:
+    """That a ledger was charged for what it lacked, also where that came to nothing, and on whose words."""
     return Entry(
         kind="run",
         site=given.site,
         dataset=dataset,
-        run=f"caught up {mark.restored}",
+        run=f"caught up {given.made}",
         round=0,
         unit=PrivacyUnit.NONE,
         noise=NoiseSite.LOCAL,
-        metadata={"restored": mark.made, "account": given.statement.hex(), "signature": given.signature},
+        metadata={
+            "restored": mark.made,
+            "account": given.statement.hex(),
+            "signature": given.signature,
+            "words": ",".join(map(history.name_of, lost)),
+        },
     )
 
 

@@ -71,7 +71,7 @@ class Reminded:
             hospital.require_ledger()
             with Ledger(hospital.home / LEDGER) as book:  # the file as it is now: it may have been put back meanwhile
                 chain = book.entries(hospital.file.name)
-                if not counts(word, chain) or on_chain(word, book.id, chain):
+                if not lost_words([word], book.id, chain):
                     self._checked = body
                     return
                 logger.error("%s: its ledger is not the one that its own signed word is about", hospital.file.name)
@@ -110,14 +110,20 @@ def on_chain(word: Seal, ledger: str, chain: Sequence[Recorded]) -> bool:
     return word.sequence == 0 or chain[word.sequence - 1].hash == word.head
 
 
-def counts(word: Seal, chain: Iterable[Recorded]) -> bool:
-    """Whether a word is newer than the last catching up: what an earlier one is about has been charged."""
-    return word.time > caught_up_at(chain)
+def lost_words(words: Iterable[Seal], ledger: str, chain: Sequence[Recorded]) -> list[Seal]:
+    """Those that are about another history than a chain, of which the chain has not been charged yet."""
+    known = settled(chain)
+    return [word for word in words if not on_chain(word, ledger, chain) and name_of(word) not in known]
 
 
-def caught_up_at(chain: Iterable[Recorded]) -> str:
-    """When a chain was last charged for what it lacked, ISO 8601; empty if it never was."""
-    return max((line.time for line in chain if "restored" in line.entry.metadata), default="")
+def name_of(word: Seal) -> str:
+    """What a chain calls a word that it was charged for."""
+    return word.statement.hex()
+
+
+def settled(chain: Iterable[Recorded]) -> frozenset[str]:
+    """The words about other histories that a chain was charged for: by their names, as no clock has to be right."""
+    return frozenset(name for line in chain for name in line.entry.metadata.get("words", "").split(",") if name)
 
 
 def as_it_is(book: Ledger, chain: Sequence[Recorded]) -> Restored:

@@ -35,7 +35,7 @@ from privfed.privacy.errors import PrivacyError
 from privfed.privacy.ledger import Ledger, utc_now
 
 from . import files, kits, papers
-from .history import caught_up_at
+from .history import settled
 from .hospital import KIT, LEDGER, Hospital
 from .site_status import would_refuse
 
@@ -127,7 +127,7 @@ class About(msgspec.Struct, frozen=True, tag="about", kw_only=True):
         refuses: what it would say to the experiment; empty if it would take part.
         ledger, entries: id of its ledger, and how many entries its chain has.
         heads: entry → hash in hex, of those it was asked about.
-        caught_up: when it was last charged for what it had lost, ISO 8601; empty if it never was.
+        settled: names of its words about other histories that its chain was charged for.
     """
 
     versions: dict[str, str]
@@ -143,7 +143,7 @@ class About(msgspec.Struct, frozen=True, tag="about", kw_only=True):
     ledger: str = ""
     entries: int = 0
     heads: dict[int, str] = {}
-    caught_up: str = ""
+    settled: tuple[str, ...] = ()
 
 
 class Said(msgspec.Struct, frozen=True, tag="said"):
@@ -209,7 +209,7 @@ class Inspector:
                     "ledger": book.id,
                     "entries": len(chain),
                     "heads": {number: chain[number - 1].hash for number in asked},
-                    "caught_up": caught_up_at(chain),
+                    "settled": tuple(sorted(settled(chain))),
                 }
             hospital.require_current()
             known |= {

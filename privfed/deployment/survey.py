@@ -24,7 +24,7 @@ from privfed.terms import checked_encoding, key_holder_of, needs_key_holder
 
 from . import runs
 from .consortium import LEDGER, Consortium
-from .history import CLOCK_SECONDS
+from .history import CLOCK_SECONDS, name_of
 from .inspection import COMPARED, About, Dry, Look, Order, Said, agreement_faults, decode_reply, versions
 
 ANSWER_SECONDS = 120.0
@@ -192,8 +192,8 @@ def _ledgers(found: Mapping[str, About], words: Mapping[str, Sequence[seals.Seal
     """Whether some site's ledger is not the one that its own signed words are about."""
     wrong = {}
     for site, about in found.items():
-        # What words of before a catching up are about was charged then
-        for word in (word for word in words[site] if about.ledger and word.time > about.caught_up):
+        known = set(about.settled)
+        for word in (word for word in words[site] if about.ledger and name_of(word) not in known):
             if word.ledger != about.ledger:
                 wrong[site] = "it has another ledger than the one that its signed words are about"
             elif about.entries < word.sequence:

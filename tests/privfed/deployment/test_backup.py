@@ -28,7 +28,7 @@ from privfed.privacy.events import PrivacyUnit
 from privfed.privacy.ledger import Ledger
 from tests.privfed.deployment import house
 from tests.privfed.deployment.house import SITES, account_of, hospital
-from tests.privfed.deployment.test_blocks import block, spends
+from tests.privfed.deployment.test_blocks import Killed, block, spends
 
 ROUNDS = 3
 
@@ -181,10 +181,6 @@ def test_a_damaged_ledger_is_set_aside(consortium: Consortium, config: Config, t
     assert north.restored is not None and list(north.home.glob(f"{LEDGER}.damaged-*"))
     with Ledger(north.home / LEDGER) as book:
         book.verify()
-
-
-class Killed(BaseException):
-    """The process is gone."""
 
 
 @pytest.mark.parametrize("there", ["nothing", "an older ledger", "a damaged ledger"])

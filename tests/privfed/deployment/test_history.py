@@ -25,7 +25,7 @@ from privfed.folder import RunFolder
 from privfed.privacy.ledger import Ledger
 from tests.privfed.deployment import house
 from tests.privfed.deployment.house import SITES, Tapped, hospital, signed_block
-from tests.privfed.deployment.test_blocks import block, spends
+from tests.privfed.deployment.test_blocks import Killed, block, spends
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 LATER = NOW.timestamp() + 3600
@@ -298,6 +298,49 @@ def test_catching_up_on_what_cost_nothing_settles_the_words_too(tmp_path: Path, 
     run = runs.begin(consortium, local)
     signed_block(consortium, run.path.name, 1)
     assert not runs.progress(run)[-1].refused
+
+
+def test_a_clock_that_was_set_back_after_a_catching_up_hides_nothing(
+    consortium: Consortium, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Words of after it are dated before it: they count all the same."""
+    copy = snapshot(consortium)
+    signed_block(consortium, runs.begin(consortium, config).path.name, 1)
+    put_back(copy)
+    signed_block(consortium, runs.begin(consortium, config).path.name, 1)
+    with monkeypatch.context() as tomorrow:
+        ahead = datetime.now(UTC) + timedelta(days=1)
+        tomorrow.setattr(account, "Ledger", lambda path: Ledger(path, clock=lambda: ahead))
+        account.catch_up(hospital(consortium), account.account(consortium, "north"))
+    shutil.rmtree(copy)
+    copy = snapshot(consortium)
+    signed_block(consortium, runs.begin(consortium, config).path.name, 1)
+    put_back(copy)
+    assert not ledgers(consortium).ok
+    before = own(consortium)
+    signed_block(consortium, runs.begin(consortium, config).path.name, 1)
+    assert hospital(consortium).restored is not None and own(consortium) == before
+
+
+def test_a_catching_up_that_is_killed_is_done_again_with_the_same_account_or_a_newer_one(
+    consortium: Consortium, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = snapshot(consortium)
+    signed_block(consortium, runs.begin(consortium, config).path.name, 1)
+    put_back(copy)
+    signed_block(consortium, runs.begin(consortium, config).path.name, 1)
+    given = account.account(consortium, "north")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(account.durable, "forget", lambda *_: (_ for _ in ()).throw(Killed()))
+        account.catch_up(hospital(consortium), given)  # charged, and the mark is still there
+    charged = own(consortium)
+    shutil.copytree(hospital(consortium).home, marked := hospital(consortium).home.with_name("marked"))
+    for again in (given, account.account(consortium, "north")):
+        put_back(marked)
+        assert account.catch_up(hospital(consortium), again).charged == ()
+        assert [entry for entry in own(consortium) if entry[5]] == [entry for entry in charged if entry[5]]  # type: ignore[index]
+        with hospital(consortium).opened():
+            pass
 
 
 # What a site tells, and until when it listens
