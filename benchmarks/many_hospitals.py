@@ -39,7 +39,7 @@ from privfed.deployment import runs
 from privfed.deployment.blocks import Block, do_block
 from privfed.deployment.consortium import SERVER
 from privfed.deployment.hospital import Hospital
-from privfed.deployment.signed import SignedHandler, SigningEngine, coordinator_key
+from privfed.deployment.signed import SignedHandler, reminding
 from privfed.engines.contract import Engine
 from privfed.engines.local import LocalEngine
 from privfed.folder import METRICS
@@ -169,8 +169,7 @@ def carried(home: Path, config: Config) -> tuple[float, float]:
             for site in config.data.files  # type: ignore[union-attr]
         }
         line = Weighing(LocalEngine(sites))
-        signing = SigningEngine(line, consortium.terms, coordinator_key(consortium.home))
-        do_block(consortium, Block(run.path.name, 2), signing, set)
+        do_block(consortium, Block(run.path.name, 2), stack.enter_context(reminding(line, consortium)), set)
     return line.to / len(sites) / 2, line.back / len(sites) / 2
 
 
