@@ -41,8 +41,8 @@ def pdf(report: AuditReport) -> bytes:
         import weasyprint
     except (ImportError, OSError) as error:  # OSError: Pango, a system library, is missing
         raise ConfigError(
-            f"--format pdf needs WeasyPrint, which can not be loaded ({error}): pip install 'privfed[pdf]', and the "
-            "system's Pango library; or use --format html and print it"
+            f"--format pdf needs WeasyPrint, which can not be loaded ({error}): "
+            "pip install -c constraints.txt '.[pdf]', and the system's Pango library; or use --format html and print it"
         ) from None
     import logging
 

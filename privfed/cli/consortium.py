@@ -103,7 +103,11 @@ def approve(
     body = files.read(request)
     applicant, _ = papers.read_application(body)
     if fingerprint is None:
-        typer.confirm(f"{applicant.name} ({applicant.organisation}): is {applicant.fingerprint} right?", abort=True)
+        if not typer.confirm(f"{applicant.name} ({applicant.organisation}): is {applicant.fingerprint} right?"):
+            raise files.DeploymentError(
+                f"{applicant.name!r} is not approved, and nothing was signed: call a person whom you know there, on a "
+                "number that does not come from the request"
+            )
     elif fingerprint.replace(" ", "").lower() != applicant.fingerprint.replace(" ", ""):
         raise files.DeploymentError(
             f"the request of {applicant.name!r} has the fingerprint {applicant.fingerprint}: it is not from who you "
@@ -133,7 +137,7 @@ def roster(
     if json:
         print_json({"version": made.version, "sites": names, "file": str(consortium.roster_file())})
         return
-    typer.echo(f"Roster {made.version}: {', '.join(names)}. New sites get it with their kit; the others:")
+    typer.echo(f"Roster {made.version}: {', '.join(names)}. New sites get it with their kit. If others had one before:")
     typer.echo(f"  send them {consortium.roster_file()}, and have them type privfed site roster FOLDER FILE")
 
 

@@ -41,6 +41,7 @@ def start(
     if address is None and consortium.terms.host != "localhost":
         raise DeploymentError(f"{consortium.terms.host} is not this machine alone: say where to listen with --address")
     kits.harden(consortium.home / SERVER, "server", consortium.home)
+    typer.echo(f"the server waits for sites until it is stopped; its log: {consortium.home / SERVER}/log.txt")
     processes.become(
         processes.server_command(consortium.home / SERVER, organisation=ORGANISATION, address=address or "127.0.0.1")
     )

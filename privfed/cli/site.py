@@ -51,6 +51,9 @@ def start(home: Home) -> None:
     _ = hospital.policy, hospital.roster, hospital.identity  # refused now, not when the first job comes
     hospital.require_current()
     kits.harden(hospital.home / KIT, "site", hospital.home)  # whatever was done to it since
+    typer.echo(
+        f"{hospital.file.name} looks for its coordinator until it is stopped; its log: {hospital.home / KIT}/log.txt"
+    )
     processes.become(
         processes.client_command(hospital.home / KIT, site=hospital.file.name, organisation=hospital.file.organisation)
     )
@@ -101,12 +104,26 @@ def status(
         print_json(found)
         return
     limit = "none of its own" if found.max_epsilon is None else f"{found.max_epsilon:g}"
-    typer.echo(f"{found.name}: roster {found.roster}, {len(found.runs)} runs")
+    runs = f"{len(found.runs)} run{'s' if len(found.runs) != 1 else ''}"
+    typer.echo(f"{found.name}: roster {found.roster}, {runs}")
     typer.echo(f"spent: ε = {found.epsilon:.4g} at δ = {found.delta:g}, all runs together; limit {limit}")
+    if (beyond := _beyond(found.epsilon, found.max_epsilon)) is not None:
+        typer.echo(beyond)
     for run in found.runs:
-        typer.echo(f"  {run.run}: {run.rounds} rounds charged, last {run.last or 'never'}")
+        rounds = "all rounds charged by catch-up" if run.caught_up else f"{run.rounds} rounds charged"
+        typer.echo(f"  {run.run}: {rounds}, last {run.last or 'never'}")
     for line in found.refusals:
         typer.echo(f"  {line}")
+
+
+def _beyond(epsilon: float, limit: float | None) -> str | None:
+    """What it means that more is spent than the site's policy allows; None if it is not."""
+    if limit is None or epsilon <= limit:
+        return None
+    return (
+        f"That is over the limit of {limit:g}: this site takes part in nothing that spends until max_epsilon "
+        "in its policy.toml allows it"
+    )
 
 
 @app.command()
@@ -185,10 +202,13 @@ def catch_up(home: Home, file: Annotated[Path, typer.Argument(help="The coordina
     from privfed.deployment import account, files
     from privfed.deployment.hospital import Hospital
 
-    done = account.catch_up(Hospital.open(home), files.read(file))
+    hospital = Hospital.open(home)
+    done = account.catch_up(hospital, files.read(file))
     for run in done.charged:
         typer.echo(f"charged for all its rounds: {run}")
     typer.echo(f"spent: ε = {done.epsilon:.4g} at δ = {done.delta:g}, all runs together")
+    if (beyond := _beyond(done.epsilon, hospital.policy.max_epsilon)) is not None:
+        typer.echo(beyond)
     if done.outdated:
         typer.echo(f"This site's keys are of before they were changed. Make new ones: privfed site rotate {home}")
 

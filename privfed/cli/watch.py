@@ -75,7 +75,8 @@ def look_on(watcher: "Watcher", *, once: bool, json: bool, page: tuple[str, int,
     if last is not None and last.state == "idle" and not once:
         typer.echo(f"nobody works on it: {resume}", err=True)
     if last is not None and last.state == "not begun":
-        typer.echo("there is no run here yet", err=True)
+        typer.echo(f"there is no run in {watcher.path} yet", err=True)
+        raise typer.Exit(INCOMPLETE)
     if not once and (summary is None or not summary.complete):
         raise typer.Exit(INCOMPLETE)
 
@@ -115,12 +116,14 @@ def show(watcher: "Watcher", views: "Iterable[View]", *, json: bool) -> "View | 
             for last in views:
                 live.update(picture(last, watcher.rows), refresh=True)
     else:
-        told = 0
+        told, before = 0, None
         for last in views:
             for row in watcher.rows[told:]:
                 console.print(line(row))
             told = len(watcher.rows)
-            console.print(standing(last))
+            sites = (last.sites_in, last.sites_out)
+            console.print(standing(last, names=sites != before))  # a log of 50 sites by name, every round, reads nobody
+            before = sites
     return last
 
 
@@ -138,15 +141,23 @@ def picture(view: "View", rows: "Sequence[Row]") -> "Group":
     return Group(Text(standing(view)), table, *(Text(fault) for fault in view.faults))
 
 
-def standing(view: "View") -> str:
-    """Where it stands, in one line."""
+def standing(view: "View", *, names: bool = True) -> str:
+    """Where it stands, in one line.
+
+    Args:
+        names: of the sites; else how many.
+    """
     from privfed.watching import named
     from privfed.wire import printable
 
     words = [f"{printable(view.run)}: {view.state}", f"{view.done} of {view.planned} rounds"]
     words += [view.phase] if view.phase else []
-    words += [f"in: {named(view.sites_in)}"] if view.sites_in else []
-    words += [f"out: {named(view.sites_out)}"] if view.sites_out else []
+    told = named if names else len
+    words += [f"in: {told(view.sites_in)}"] if view.sites_in else []
+    if view.sites_out and view.sites_in:
+        words += [f"out: {told(view.sites_out)}"]
+    elif view.sites_out:
+        words += [f"no site was asked yet, of {len(view.sites_out)}"]
     return "; ".join(words)
 
 

@@ -91,7 +91,9 @@ def check(file: str, *, label: str | None, site: str | None, maximum_rows: int =
     lines.append(f"missing_values = [{', '.join(map(_quoted, _missing_in(frame)))}]")
     lines += _classes(frame, label, result)
     if site is None:
-        result.findings.append(Finding("", "no site column was named or guessed: give --site", True))
+        result.findings.append(
+            Finding("", "no site column was named or guessed: taken for one site's own; else give --site", False)
+        )
     inputs: list[str] = []
     for name in frame.columns:
         if name == site:

@@ -7,6 +7,7 @@ ever shown: only which kind of error it was, and what that means.
 import logging
 import os
 import re
+import socket
 import sqlite3
 import stat
 import time
@@ -31,6 +32,7 @@ SUFFIX = ".toml"
 _LOG = "privfed"
 _SECRET = re.compile(r"(pass(word|wd)?|pwd|secret|token)\s*=", re.IGNORECASE)
 _SQLITE_STEPS = 10_000
+_PROBE_SECONDS = 5.0
 """Steps of SQLite's machine between two looks at the clock: some milliseconds."""
 
 
@@ -71,7 +73,10 @@ def read_database(file: str) -> tuple[Database, Path]:
     """
     path = find_file(file)
     try:
-        return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), Database), path.absolute().parent
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        if unknown := sorted(set(table) - set(Database.__struct_fields__)):
+            raise DataError(f"{path}: unknown key {unknown[0]!r}; known are {', '.join(Database.__struct_fields__)}")
+        return msgspec.convert(table, Database), path.absolute().parent
     except tomllib.TOMLDecodeError as error:
         where = re.search(r"at line \d+", str(error))
         raise DataError(f"{path} is not valid TOML{f' ({where[0]})' if where else ''}") from None
@@ -102,7 +107,7 @@ def connected(
     try:
         import sqlalchemy
     except ModuleNotFoundError:
-        raise DataError(f"{file} is a database: pip install 'privfed[sql]'") from None
+        raise DataError(f"{file} is a database: pip install -c constraints.txt '.[sql]'") from None
     deadline = clock() + settings.timeout_seconds
     step = "connect"
 
@@ -273,8 +278,25 @@ def _reason(error: Exception, step: str, settings: Database) -> str:
     if code.startswith("22"):
         return f"the query can not be computed on some record: a cast or a calculation fails ({kind})"
     if step == "connect":
-        return (
-            f"can not connect ({kind}): is the server up, are host, port, name and account in url right, and the "
-            "password where the file says?"
-        )
+        return f"can not connect ({kind}): {_who_answers(settings.url)}"
     return f"the database refused the query ({kind}); try it as the same account in the database's own client"
+
+
+def _who_answers(address: str) -> str:
+    """Why a server let nobody in, as far as its port tells: the driver's own words are not shown."""
+    from sqlalchemy import make_url
+
+    url = make_url(address)
+    port = url.port or (5432 if url.get_backend_name() == "postgresql" else None)
+    if url.host is None or port is None:
+        return "is the server up, are host, port, name and account in url right, and the password where the file says?"
+    try:
+        socket.create_connection((url.host, port), timeout=_PROBE_SECONDS).close()
+    except socket.gaierror:
+        return "no machine has the name that url gives"
+    except OSError:
+        return "nothing answers at url's host and port: is the server up, and does a firewall let this machine through?"
+    return (
+        "a server answers there, and refuses: are the account, the database's name and sslmode in url right, and the "
+        "password where the file says? The server's own log has the reason"
+    )

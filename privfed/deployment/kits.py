@@ -37,7 +37,7 @@ Role = Literal["server", "site"]
 def require_flare() -> None:
     """Return if NVIDIA FLARE is installed."""
     if find_spec("nvflare") is None:
-        raise DeploymentError("a deployment needs NVIDIA FLARE: pip install 'privfed[nvflare]'")
+        raise DeploymentError("a deployment needs NVIDIA FLARE: pip install -c constraints.txt '.[nvflare]'")
 
 
 def flare(*commands: Sequence[str | Path], home: Path) -> None:

@@ -27,11 +27,18 @@ from .papers import schema_of
 
 
 class RunLine(msgspec.Struct, frozen=True):
-    """One run at this site. ``last`` is the time of its last entry."""
+    """One run at this site.
+
+    Args:
+        rounds: charged as they were answered.
+        last: the time of its last entry.
+        caught_up: `account.catch_up` has charged all its rounds.
+    """
 
     run: str
     rounds: int
     last: str | None
+    caught_up: bool = False
 
 
 class SiteStatus(msgspec.Struct, frozen=True):
@@ -56,14 +63,19 @@ def read(hospital: Hospital) -> SiteStatus:
         lines, charges = book.entries(name), book.charges(name, dataset)
     spent = Accountant().epsilon(charges, policy.delta).value if charges else 0.0
     rounds = Counter(run for run, _ in {(line.entry.run, line.entry.round) for line in lines if line.entry.charges})
-    last = {line.entry.run: line.time for line in lines}
+    caught_up = {run for line in lines if (run := line.entry.metadata.get("charged")) is not None}
+    last = {
+        line.entry.metadata.get("charged", line.entry.run): line.time
+        for line in lines
+        if "account" not in line.entry.metadata  # that it was caught up is no run
+    }
     return SiteStatus(
         name=name,
         roster=hospital.roster.version,
         epsilon=spent,
         delta=policy.delta,
         max_epsilon=policy.max_epsilon,
-        runs=tuple(RunLine(run, rounds[run], last[run]) for run in last),
+        runs=tuple(RunLine(run, rounds[run], last[run], run in caught_up) for run in last),
         refusals=_refusals(hospital),
     )
 

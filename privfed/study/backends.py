@@ -30,7 +30,7 @@ def ended(
         yield from BACKENDS[backend](address, jobs, work, tasks)
     except ImportError as error:
         raise ConfigError(
-            f"--backend {backend} needs its package: pip install 'privfed[{backend}]' ({error})"
+            f"--backend {backend} needs its package: pip install -c constraints.txt '.[{backend}]' ({error})"
         ) from None
     except (OSError, ValueError) as error:
         if address is None:

@@ -44,7 +44,7 @@ class Tracker:
             from mlflow.exceptions import MlflowException
             from mlflow.tracking import MlflowClient
         except ImportError as error:
-            raise ConfigError(f"MLflow is not here ({error}): pip install 'privfed[mlflow]'") from None
+            raise ConfigError(f"MLflow is not here ({error}): pip install -c constraints.txt '.[mlflow]'") from None
         try:
             self._client: Any = MlflowClient(tracking_uri=uri)
         except (MlflowException, ImportError):  # files are opted into, databases need all of MLflow
@@ -70,7 +70,10 @@ class Tracker:
         try:
             return self._write(watcher, view, run, began)
         except MlflowException as error:  # its text may hold an address with a password in it
-            raise TrackingError(f"the tracking server does not take the run: {error.error_code}") from None
+            raise TrackingError(
+                f"the tracking server does not take the run ({error.error_code}), or nothing answers there: is the "
+                "address right, and is it up (mlflow server --port 5000)? What it has stays; give the command again"
+            ) from None
 
     def _write(self, watcher: Watcher, view: View, run: str, began: float) -> str:
         assert watcher.config is not None

@@ -50,7 +50,9 @@ def _content(watcher: Watcher, began: float) -> bytes:
         from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
         from tensorboard.summary.writer.record_writer import RecordWriter
     except ImportError as error:
-        raise ConfigError(f"TensorBoard is not here ({error}): pip install 'privfed[tensorboard]'") from None
+        raise ConfigError(
+            f"TensorBoard is not here ({error}): pip install -c constraints.txt '.[tensorboard]'"
+        ) from None
     about = facts(watcher)
     words = {
         "global": f"mean {about['metric']}, {about['figures']}",

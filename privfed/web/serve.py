@@ -36,7 +36,9 @@ class Page:
             from .app import app
             from .visitors import visitors
         except ImportError as error:
-            raise ConfigError(f"the page needs its packages ({error}): pip install 'privfed[web]'") from None
+            raise ConfigError(
+                f"the page needs its packages ({error}): pip install -c constraints.txt '.[web]'"
+            ) from None
         family, place = _resolved(host, port)
         self.local = _require_allowed(host, place[0], allow_remote=allow_remote)
         try:

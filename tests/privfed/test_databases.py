@@ -219,7 +219,7 @@ def test_a_password_in_the_url_is_refused_and_not_told(tmp_path: Path, url: str)
         ({"url": "postgresql://me@db/x", "password_file": "a", "password_env": "B"}, "not both"),
         ({"url": "mysql+pymysql://me@db/x"}, "read_only_account = true"),
         ({"url": "nosuch://me@db/x", "read_only_account": True}, "is not installed"),
-        ({"url": "sqlite:///t.db", "password": SECRET}, "unknown field `password`"),
+        ({"url": "sqlite:///t.db", "password": SECRET}, "unknown key 'password'; known are url, query"),
         ({"url": 5}, "Expected `str`"),
         ({"url": "sqlite:///t.db", "timeout_seconds": 0}, "timeout_seconds"),
     ],

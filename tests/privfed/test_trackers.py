@@ -298,7 +298,7 @@ def test_nothing_goes_elsewhere_and_what_a_server_answers_is_not_repeated(tmp_pa
         [str(home), "--tracking-uri", server.address],
         [str(home), "--tracking-uri", with_password, "--experiment", server.refuses],
     )
-    assert told["codes"] == [0, 1] and "does not take the run: PERMISSION_DENIED" in text
+    assert told["codes"] == [0, 1] and "does not take the run (PERMISSION_DENIED)" in text
     assert set(told["reached"]) == {"127.0.0.1"} and told["off"]
     assert "hush" not in text and "secret words" not in text
     sent = json.dumps(server.requests)

@@ -258,7 +258,7 @@ def test_the_command_follows_a_run_and_ends_with_what_to_do(tmp_path: Path, monk
     idle = CliRunner().invoke(app, ["watch", str(tmp_path / "idle")])
     assert idle.exit_code == 3 and f"privfed run --resume {tmp_path / 'idle'}" in idle.stderr
     none = CliRunner().invoke(app, ["watch", str(tmp_path / "nothing")])
-    assert none.exit_code == 3 and "there is no run here yet" in none.stderr and not (tmp_path / "nothing").exists()
+    assert none.exit_code == 3 and "there is no run in" in none.stderr and not (tmp_path / "nothing").exists()
 
 
 def test_who_waits_for_a_run_sees_it_begin(tmp_path: Path) -> None:
@@ -281,4 +281,4 @@ def test_a_page_without_its_packages_says_what_to_install(tmp_path: Path, monkey
     monkeypatch.setitem(__import__("sys").modules, "uvicorn", None)
     result = CliRunner().invoke(app, ["watch", str(tmp_path), "--web"])
     assert isinstance(result.exception, PrivfedError) and exit_code(result.exception) == 2
-    assert "pip install 'privfed[web]'" in str(result.exception)
+    assert "'.[web]'" in str(result.exception)

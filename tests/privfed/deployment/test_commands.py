@@ -1,6 +1,7 @@
 """The commands of a pilot, one after the other, with FLARE's part left away."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +50,8 @@ def test_a_pilot_from_its_founding_to_its_status(tmp_path: Path) -> None:
             privfed("site", "status", tmp_path / site)
         with pytest.raises(DeploymentError, match="not from who you spoke to"):
             privfed("consortium", "approve", home, request, "--fingerprint", "0000")
-        assert privfed("consortium", "approve", home, request, answers="n\n").exit_code != 0
+        with pytest.raises(DeploymentError, match="nothing was signed"):
+            privfed("consortium", "approve", home, request, answers="n\n")
         assert privfed("consortium", "approve", home, request, "--fingerprint", mark).exit_code == 0
     assert "Roster 1: north, south, west" in privfed("consortium", "roster", home).stdout
     for site in SITES:
@@ -100,7 +102,12 @@ def test_a_backup_is_put_back_and_caught_up_with_and_keys_are_changed_by_the_com
     privfed("consortium", "account", consortium.home, "north", "--out", said)
     caught = privfed("site", "catch-up", home, said).stdout
     assert "charged for all its rounds: pilot-" in caught and "spent: ε = " in caught
-    assert privfed("site", "status", home, "--check").exit_code == 0
+    told = privfed("site", "status", home, "--check").stdout
+    assert ", 1 run\n" in told and "all rounds charged by catch-up" in told and "over the limit" not in told
+    policy = (home / "policy.toml").read_text()
+    (home / "policy.toml").write_text("max_epsilon = 0.1\n" + re.sub("(?m)^max_epsilon = .*$", "", policy))
+    assert "over the limit of 0.1" in privfed("site", "status", home).stdout
+    (home / "policy.toml").write_text(policy)
 
     asked = json.loads(privfed("site", "rotate", home, "--contact", "it", "--json").stdout)
     approve = ("consortium", "approve", consortium.home, asked["request"], "--fingerprint", asked["fingerprint"])
