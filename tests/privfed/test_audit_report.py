@@ -835,7 +835,7 @@ def test_errors_say_what_to_do(good: Path, arguments: list[str], error: type, sa
 
 def test_pdf_without_weasyprint_says_how_to_get_it(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "weasyprint", None)
-    with pytest.raises(ConfigError, match=r"pip install 'privfed\[pdf\]'.*or use --format html"):
+    with pytest.raises(ConfigError, match=r"pip install .*'\.\[pdf\]'.*or use --format html"):
         formats.pdf(build(good))
 
 
