@@ -292,7 +292,7 @@ def _who_answers(address: str) -> str:
         return "is the server up, are host, port, name and account in url right, and the password where the file says?"
     try:
         socket.create_connection((url.host, port), timeout=_PROBE_SECONDS).close()
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):  # no name at all
         return "no machine has the name that url gives"
     except OSError:
         return "nothing answers at url's host and port: is the server up, and does a firewall let this machine through?"

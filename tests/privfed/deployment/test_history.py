@@ -61,6 +61,16 @@ def put_back(copy: Path) -> None:
     shutil.copytree(copy, home)
 
 
+def put_back_and_noticed(consortium: Consortium, config: Config) -> Path:
+    """A run that the copy lacks, the copy in its place, and the request that finds it out; the copy."""
+    copy = snapshot(consortium)
+    signed_block(consortium, runs.begin(consortium, config).path.name, 1)
+    put_back(copy)
+    signed_block(consortium, runs.begin(consortium, config).path.name, 1)
+    assert hospital(consortium).restored is not None
+    return copy
+
+
 def own(consortium: Consortium) -> list[object]:
     return spends(hospital(consortium).home / LEDGER, "north")
 
@@ -304,10 +314,7 @@ def test_a_clock_that_was_set_back_after_a_catching_up_hides_nothing(
     consortium: Consortium, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Words of after it are dated before it: they count all the same."""
-    copy = snapshot(consortium)
-    signed_block(consortium, runs.begin(consortium, config).path.name, 1)
-    put_back(copy)
-    signed_block(consortium, runs.begin(consortium, config).path.name, 1)
+    copy = put_back_and_noticed(consortium, config)
     with monkeypatch.context() as tomorrow:
         ahead = datetime.now(UTC) + timedelta(days=1)
         tomorrow.setattr(account, "Ledger", lambda path: Ledger(path, clock=lambda: ahead))
@@ -325,10 +332,7 @@ def test_a_clock_that_was_set_back_after_a_catching_up_hides_nothing(
 def test_a_catching_up_that_is_killed_is_done_again_with_the_same_account_or_a_newer_one(
     consortium: Consortium, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy = snapshot(consortium)
-    signed_block(consortium, runs.begin(consortium, config).path.name, 1)
-    put_back(copy)
-    signed_block(consortium, runs.begin(consortium, config).path.name, 1)
+    put_back_and_noticed(consortium, config)
     given = account.account(consortium, "north")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(account.durable, "forget", lambda *_: (_ for _ in ()).throw(Killed()))
